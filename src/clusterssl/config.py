@@ -1,0 +1,252 @@
+"""From frozen dataclasses to command lines: one place for the name, type, default, help and check of each flag.
+
+A script's configuration is a frozen dataclass whose fields are flags or groups (frozen dataclasses themselves); groups
+only order the help page, the command line is flat. The string under a field is its help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import os
+import shlex
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+
+from clusterssl.errors import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, UserError
+
+C = TypeVar("C")
+
+_WORDS = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
+
+
+class Size(NamedTuple):
+    """Height and width of a crop in pixels; on the command line `224` (square) or `224x112` (height x width)."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Read one size.
+
+        Raises:
+            argparse.ArgumentTypeError: neither a positive whole number nor two of them joined by an x.
+        """
+        parts = text.lower().split("x")
+        if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no size; give pixels like 224, or height x width like 224x112"
+            )
+        return cls(int(parts[0]), int(parts[-1]))
+
+    def __str__(self) -> str:
+        return f"{self.height}" if self.height == self.width else f"{self.height}x{self.width}"
+
+
+class Flag(NamedTuple):
+    """One flag of the command line: where it lives in the configuration and what it means."""
+
+    path: tuple[str, ...]
+    type: Any
+    default: Any
+    help: str
+    aliases: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path[-1]
+
+
+def flags(config: Any) -> Iterator[Flag]:
+    """All flags of a configuration (an instance), groups entered in order."""
+    yield from _flags(config, ())
+
+
+def _flags(config: Any, prefix: tuple[str, ...]) -> Iterator[Flag]:
+    hints = typing.get_type_hints(type(config))
+    helps = _helps(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        path = (*prefix, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flags(value, path)
+        else:
+            aliases = tuple(field.metadata.get("aliases", ()))
+            yield Flag(path, hints[field.name], value, helps.get(field.name, ""), aliases)
+
+
+def _helps(cls: type) -> dict[str, str]:
+    """The string expression under each field, of this class and the dataclasses it inherits from."""
+    found: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+        for field, below in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+                found[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return found
+
+
+def parse(cls: type[C], argv: Sequence[str] | None = None, *, description: str = "", default: C | None = None) -> C:
+    """Read a command line.
+
+    Args:
+        cls: frozen dataclass of flags and groups; every field has a default.
+        argv: words after the program's name; those of this process when None.
+        description: first lines of `--help`.
+        default: values of the flags that are not given; `cls()` when None.
+
+    Raises:
+        UserError: an unknown flag (with the nearest name), a value of the wrong kind, or values that contradict.
+    """
+    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    start = cls() if default is None else default
+    known = {flag.name: flag for flag in flags(start)}
+    parser = _parser(list(known.values()), description)
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise UserError(_unknown(unknown[0], list(known)))
+    values = {known[name].path: value for name, value in vars(given).items()}
+    return _replace(start, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(" ".join(message.split()))
+
+
+def _parser(known: list[Flag], description: str) -> argparse.ArgumentParser:
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups: dict[tuple[str, ...], Any] = {}
+    for flag in known:
+        place = flag.path[:-1]
+        if place not in groups:
+            groups[place] = parser.add_argument_group(" ".join(place) or "flags")
+        read, many, choices = _reader(flag.type)
+        text = f"{flag.help} (default: {_shown(flag.default) or 'none'})".replace("%", "%%")
+        groups[place].add_argument(
+            f"--{flag.name}", *flag.aliases, dest=flag.name, type=read, nargs="+" if many else None, choices=choices,
+            default=argparse.SUPPRESS, help=text, metavar=None if choices else flag.name.upper(),
+        )  # fmt: skip
+    return parser
+
+
+def _reader(kind: Any) -> tuple[Callable[[str], Any], bool, tuple[Any, ...] | None]:
+    """How a flag of this type is read: converter of one word, whether it takes a list, and the allowed values."""
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        return _reader(typing.get_args(kind)[0])[0], True, None
+    if origin is Literal:
+        return str, False, typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        inner = next(part for part in typing.get_args(kind) if part is not type(None))
+        return _reader(inner)
+    if kind is bool:
+        return _boolean, False, None
+    if kind is int:
+        return _whole_number, False, None
+    return getattr(kind, "parse", kind), False, None
+
+
+def _boolean(word: str) -> bool:
+    if word.lower() not in _WORDS:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return _WORDS[word.lower()]
+
+
+def _whole_number(word: str) -> int:
+    """Also reads 1e10, as SwAV's published default of a whole-number flag is written."""
+    number = float(word)
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number")
+    return int(word) if word.lstrip("+-").isdigit() else int(number)
+
+
+def _underscored(word: str) -> str:
+    """`--base-lr=1` as `--base_lr=1`; words that are no flags stay as they are."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def _unknown(word: str, names: list[str]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r}: not expected here, flags begin with --; see --help"
+    name = word.lstrip("-").split("=")[0].replace("-", "_")
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"--{name}: unknown flag" + (f"; did you mean --{near[0]}?" if near else "; see --help")
+
+
+def _replace(config: Any, values: dict[tuple[str, ...], Any], prefix: tuple[str, ...] = ()) -> Any:
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        path, old = (*prefix, field.name), getattr(config, field.name)
+        if dataclasses.is_dataclass(old):
+            changes[field.name] = _replace(old, values, path)
+        elif path in values:
+            changes[field.name] = tuple(values[path]) if isinstance(values[path], list) else values[path]
+    return dataclasses.replace(config, **changes)
+
+
+def gives(argv: Sequence[str] | None, name: str) -> bool:
+    """Whether a command line sets the flag `name` (underscores; hyphens and `=` are understood)."""
+    words = sys.argv[1:] if argv is None else argv
+    return any(_underscored(word).partition("=")[0] == f"--{name}" for word in words)
+
+
+def command(script: str, config: Any, base: Any) -> str:
+    """The shell command that gives `config` to a script whose defaults are `base`."""
+    defaults = {flag.name: flag.default for flag in flags(base)}
+    words = ["python", script]
+    for flag in flags(config):
+        if flag.default != defaults[flag.name]:
+            words += [f"--{flag.name}", *shlex.split(_shown(flag.default))]
+    return shlex.join(words)
+
+
+def _shown(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, tuple) and not isinstance(value, Size):
+        return " ".join(_shown(part) for part in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Flag names and values as JSON can hold them (tuples become lists)."""
+
+    def simple(value: Any) -> Any:
+        return [simple(part) for part in value] if isinstance(value, (tuple, list)) else value
+
+    return {flag.name: simple(flag.default) for flag in flags(config)}
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise `UserError(message)` unless a condition on the flags holds."""
+    if not holds:
+        raise UserError(message)
+
+
+def entry(main: Callable[[], None]) -> NoReturn:
+    """Run an entry script's `main` and end the process with the exit code of the contract.
+
+    0 done; 2 bad input (one line on stderr); 75 stopped on request, resumable; 1 (with a traceback) a defect of ours.
+    """
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)  # noqa: PTH119
+        code = EXIT_BAD_INPUT
+    except Stopped as stopped:
+        print(f"{os.path.basename(sys.argv[0])}: {stopped}", file=sys.stderr, flush=True)  # noqa: PTH119
+        code = EXIT_STOPPED
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,254 @@
+"""The ranks of a run: who am I, how do we meet, and collectives that do nothing for a process alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from clusterssl.errors import UserError
+from clusterssl.files import first_line
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_OPS = {"sum": torch_dist.ReduceOp.SUM, "max": torch_dist.ReduceOp.MAX, "min": torch_dist.ReduceOp.MIN}
+
+
+@dataclass(frozen=True)
+class World:
+    """Place of this process among all processes of the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    launcher: str = "alone"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs and shared files."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class _Place:
+    rank: int
+    size: int
+    local_rank: int
+    launcher: str
+
+
+def _place(env: dict[str, str]) -> _Place:
+    """Read the place from torchrun's variables first, then Slurm's, then assume a process alone.
+
+    torchrun comes first because inside a Slurm job its workers see the agent's Slurm variables. Slurm's count only
+    inside a step that `srun` started: a batch script or an salloc shell has the job's variables but is no rank.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")), "torchrun")
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        size = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1"))
+        return _Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", "0")), "srun")
+    return _Place(0, 1, 0, "alone")
+
+
+def _slurm_rendezvous(env: dict[str, str]) -> tuple[str, int]:
+    """First host of the step and a port that only this step of this start of this job uses."""
+    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", "")
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+        host = listed.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(
+            f"SLURM_NODELIST={hosts!r}: 'scontrol show hostnames' does not expand it ({first_line(error)}); "
+            "set MASTER_ADDR and MASTER_PORT"
+        ) from error
+    job, step, restart = (int(env.get(key) or "0") for key in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    return host, 10000 + (job + 37 * step + 7919 * restart) % 20000
+
+
+def join(*, device: str = "auto", dist_url: str = "env://", timeout_s: float = 1800.0) -> World:
+    """Find this process's place and join the others; a process alone joins nobody.
+
+    Args:
+        device: "auto" (the GPU of the local rank where there is one), "cpu" or "cuda".
+        dist_url: "env://" (addresses from torchrun or Slurm) or an explicit "tcp://host:port".
+        timeout_s: seconds after which a collective without answer is an error.
+
+    Raises:
+        UserError: a GPU was asked for and there is none, or the ranks did not meet.
+    """
+    env = dict(os.environ)
+    place = _place(env)
+    chosen = _device(device, place.local_rank)
+    if place.size > 1 and not torch_dist.is_initialized():
+        _meet(place, chosen, dist_url, env, timeout_s)
+    return World(place.rank, place.size, place.local_rank, chosen, place.launcher)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no GPU is visible to this process; use --device cpu or auto")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _meet(place: _Place, device: torch.device, dist_url: str, env: dict[str, str], timeout_s: float) -> None:
+    if dist_url == "env://" and place.launcher == "srun" and "MASTER_ADDR" not in env:
+        host, port = _slurm_rendezvous(env)
+        os.environ.setdefault("MASTER_PORT", str(port))
+        os.environ["MASTER_ADDR"] = host
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        torch_dist.init_process_group(
+            backend, init_method=dist_url, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=timeout_s)
+        )
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        where = address if dist_url == "env://" else dist_url
+        raise UserError(
+            f"rank {place.rank} of {place.size} could not meet the others at {where}: {first_line(error)}; "
+            "check that all ranks started and can reach that address"
+        ) from error
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Rank of this process; 0 alone."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def size() -> int:
+    """Number of processes; 1 alone."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def share(total: int) -> tuple[int, int]:
+    """Bounds (start, stop) of this rank's contiguous share of `total` rows; shares differ by one row at most."""
+    return rank() * total // size(), (rank() + 1) * total // size()
+
+
+def all_reduce_(x: Tensor, op: str = "sum") -> Tensor:
+    """Combine `x` over all ranks in place and return it. `op`: "sum", "mean", "max" or "min"."""
+    if size() == 1:
+        return x
+    torch_dist.all_reduce(x, op=_OPS["sum" if op == "mean" else op])
+    return x.div_(size()) if op == "mean" else x
+
+
+def all_gather_cat(x: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks in rank order; ranks may hold different numbers of rows."""
+    if size() == 1:
+        return x
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(size())]
+    torch_dist.all_gather(counts, torch.tensor([x.shape[0]], device=x.device))
+    numbers = [int(count) for count in counts]
+    padded = x.new_zeros((max(numbers), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    parts = [torch.empty_like(padded) for _ in numbers]
+    torch_dist.all_gather(parts, padded)
+    return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
+
+
+def broadcast_(x: Tensor, src: int = 0) -> Tensor:
+    """Overwrite `x` on all ranks by that of rank `src`."""
+    if size() > 1:
+        torch_dist.broadcast(x, src)
+    return x
+
+
+def broadcast_object(value: T, src: int = 0) -> T:
+    """The small Python value that rank `src` holds."""
+    if size() == 1:
+        return value
+    box: list[Any] = [value]
+    torch_dist.broadcast_object_list(box, src)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if size() > 1:
+        torch_dist.barrier()
+
+
+class Agreement:
+    """Facts that any rank may raise and all ranks learn at the same step, without making a GPU wait.
+
+    Each call starts a maximum over the ranks of small non-negative CPU integers and returns the result of the
+    call before, so that the exchange overlaps with a training step.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def exchange(self, mine: list[int]) -> list[int]:
+        """Send `mine`; returns the maxima over all ranks of what was sent by the call before (zeros at first)."""
+        if size() == 1:
+            return mine
+        agreed = self.finish()
+        flags = torch.tensor(mine, dtype=torch.int64)
+        self._pending = (torch_dist.all_reduce(flags, op=torch_dist.ReduceOp.MAX, async_op=True), flags)
+        return agreed
+
+    def finish(self) -> list[int]:
+        """Result of the exchange under way, zeros if there is none."""
+        if self._pending is None:
+            return [0] * self._length
+        work, flags = self._pending
+        self._pending = None
+        work.wait()
+        return flags.tolist()
+
+
+def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
+    """Differentiable sum over the ranks of `group` (all ranks when None); the gradient is summed likewise."""
+    return _AllReduceSum.apply(x, group) if size() > 1 else x
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        torch_dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        total = grads[0].clone()
+        torch_dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def subgroup(group_size: int) -> Any:
+    """Process group of this rank among consecutive groups of `group_size` ranks; None stands for all ranks.
+
+    Raises:
+        UserError: the number of processes is not a multiple of `group_size`.
+    """
+    if group_size <= 0 or group_size >= size():
+        return None
+    if size() % group_size:
+        raise UserError(
+            f"--syncbn_process_group_size {group_size} does not divide the {size()} processes; choose a divisor"
+        )
+    return torch_dist.new_subgroups(group_size=group_size)[0]

@@ -1,0 +1,105 @@
+"""Writing files that are whole or absent, and reading checkpoints that cannot run code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from clusterssl.errors import UserError
+
+
+def atomic_write(path: Path, write: Callable[[IO[bytes]], None], *, keep_previous_as: Path | None = None) -> None:
+    """Write a file so that a crash, a kill or a full disk leaves the old one or the new one, never a torn one.
+
+    Args:
+        path: final name.
+        write: called with a binary file object opened beside `path`.
+        keep_previous_as: where the file that `path` held before stays available (hard link or copy).
+
+    Raises:
+        UserError: the disk is full or not writable; `path` is as it was before.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous_as is not None and path.exists():
+            _keep(path, keep_previous_as)
+        aside.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: could not be written ({first_line(error)}); what was there before is intact, free some space"
+        ) from error
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Make `previous` another name of the file at `path`; a hard link, so that no byte is copied."""
+    link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # file systems without hard links: move, the new file follows at once
+        path.replace(previous)
+        return
+    link.replace(previous)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; some file systems refuse to sync a folder, and then nothing more can be done."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_checkpoint(state: dict[str, Any], path: Path, *, keep_previous_as: Path | None = None) -> None:
+    """`torch.save` through `atomic_write`. The state holds tensors and plain Python values only."""
+    atomic_write(path, lambda file: torch.save(state, file), keep_previous_as=keep_previous_as)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file onto the CPU without ever running code from it (`weights_only=True`).
+
+    Raises:
+        UserError: no such file; truncated or foreign file; a file that holds pickled objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file; check the path")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: refused, {_why_refused(error)}") from error
+    except Exception as error:  # a damaged file can fail anywhere inside the reader
+        why = f"truncated or of another kind ({first_line(error)})"
+        raise UserError(f"{path}: not a readable checkpoint, {why}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint dictionary")
+    return state
+
+
+def _why_refused(error: Exception) -> str:
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        return f"it wants to run code on loading ({found.group(1)}); re-save its weights as a plain dict of tensors"
+    return "it is damaged or not a file of PyTorch weights"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for messages of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,179 @@
+"""Networks by name, and the multi-crop network that the methods train.
+
+Legend of suffixes: V crops, B images, N = V * B rows, D embedding size, K prototypes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from clusterssl.errors import UserError
+from clusterssl.models.convnet import convnet, is_convnet
+from clusterssl.models.external import timm_backbone, torchvision_backbone
+from clusterssl.models.heads import MultiPrototypes, normalize_rows_, projection_head, prototypes
+from clusterssl.models.resnet import RESNETS, resnet
+
+logger = logging.getLogger(__name__)
+
+STEMS = ("imagenet", "small")
+_SMALL_PIXELS = 64
+
+
+def resolve_stem(stem: str, largest_crop: int) -> str:
+    """Stem for crops of at most `largest_crop` pixels a side: "auto" means "small" up to 64 pixels.
+
+    Raises:
+        UserError: `stem` is none of auto, imagenet, small.
+    """
+    if stem == "auto":
+        return "small" if largest_crop <= _SMALL_PIXELS else "imagenet"
+    _check_stem(stem)
+    return stem
+
+
+def _check_stem(stem: str) -> None:
+    if stem not in STEMS:
+        raise UserError(f"--stem {stem}: unknown stem; use auto, imagenet or small")
+
+
+def build_backbone(arch: str, stem: str = "imagenet") -> nn.Module:
+    """Backbone without classifier.
+
+    Args:
+        arch: resnet18, 34, 50, 101, 152, 50w2, 50w4, 50w5, conv4, conv4wN, a classification model of torchvision,
+            or "timm:NAME".
+        stem: "imagenet" or "small" (3x3 stride 1, no max-pool); networks without a stem of that kind ignore it.
+
+    Returns:
+        Module from images B x 3 x H x W to features B x feature_dim, with attributes feature_dim, arch and stem.
+
+    Raises:
+        UserError: unknown architecture or stem, or timm is asked for and absent.
+    """
+    _check_stem(stem)
+    if arch in RESNETS:
+        backbone: nn.Module = resnet(arch, stem)
+    elif is_convnet(arch):
+        backbone, stem = convnet(arch), "small"
+    elif arch.startswith("timm:"):
+        backbone, stem = timm_backbone(arch.removeprefix("timm:"), stem)
+    elif arch in torchvision.models.list_models(module=torchvision.models):
+        backbone, stem = torchvision_backbone(arch, stem)
+    else:
+        raise UserError(f"--arch {arch}: unknown architecture{_nearest(arch)}")
+    backbone.arch, backbone.stem = arch, stem  # type: ignore[assignment]
+    return backbone
+
+
+def _nearest(arch: str) -> str:
+    names = [*RESNETS, "conv4", "conv4w32", *torchvision.models.list_models(module=torchvision.models)]
+    near = difflib.get_close_matches(arch.lower(), dict.fromkeys(names), n=3, cutoff=0.4)
+    return f"; nearest: {', '.join(near)}" if near else "; use resnet50, conv4, a torchvision model or timm:NAME"
+
+
+class MultiCropNet(nn.Module):
+    """Backbone, projection head and prototypes over crops of several sizes (Caron et al. 2020, section 3.2).
+
+    Args:
+        backbone: module with attribute feature_dim from images to features.
+        head: module from features to embeddings.
+        prototype_layers: one Linear, or `MultiPrototypes`.
+        normalize: scale embeddings to unit length.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        prototype_layers: nn.Linear | MultiPrototypes,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projection_head = head
+        self.prototypes = prototype_layers
+        self.normalize = normalize
+
+    def features(self, crops: Sequence[Tensor]) -> Tensor:
+        """Backbone features N x F; each maximal run of consecutive crops of one size is one pass of the backbone."""
+        runs = [list(run) for _, run in itertools.groupby(crops, key=lambda crop: crop.shape[-2:])]
+        return _cat([self.backbone(_cat(run)) for run in runs])
+
+    def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor | list[Tensor]]:
+        """Embeddings and prototype scores of all crops.
+
+        Args:
+            crops: V tensors B x 3 x h x w.
+
+        Returns:
+            z_ND of unit rows and scores_NK (a list of them with several prototype layers), at least float32;
+            row v * B + b belongs to crop v of image b.
+        """
+        y_ND = self.projection_head(self.features(crops))
+        # Scores feed exp(score / 0.05): half precision would cost the assignment, and this product is cheap.
+        with torch.autocast(y_ND.device.type, enabled=False):
+            z_ND = y_ND.to(next(self.parameters()).dtype)
+            if self.normalize:
+                z_ND = F.normalize(z_ND, dim=1)
+            return z_ND, self.prototypes(z_ND)
+
+    def prototype_layers(self) -> list[nn.Linear]:
+        """The prototype layers, one or several."""
+        return [self.prototypes] if isinstance(self.prototypes, nn.Linear) else list(self.prototypes)
+
+    def normalize_prototypes(self) -> None:
+        """Scale every prototype to unit length, in place and without gradient."""
+        for layer in self.prototype_layers():
+            normalize_rows_(layer)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def build_model(
+    arch: str,
+    stem: str,
+    hidden_mlp: int,
+    feat_dim: int,
+    nmb_prototypes: int | Iterable[int],
+    head_bn: bool = True,
+    normalize: bool = True,
+) -> MultiCropNet:
+    """Network with projection head and prototypes.
+
+    Args:
+        arch: see `build_backbone`.
+        stem: see `build_backbone`.
+        hidden_mlp: width of the head's hidden layer; 0 for a single Linear.
+        feat_dim: embedding size D; 0 for no head.
+        nmb_prototypes: K, or one K per prototype layer; 0 for none.
+        head_bn: BatchNorm in the head; the published w5 model goes without.
+        normalize: scale embeddings to unit length.
+
+    Raises:
+        UserError: unknown architecture or a size below zero.
+    """
+    numbers = nmb_prototypes if isinstance(nmb_prototypes, int) else tuple(nmb_prototypes)
+    _check_sizes(hidden_mlp, feat_dim, numbers)
+    backbone = build_backbone(arch, stem)
+    feature_dim = int(backbone.feature_dim)  # type: ignore[arg-type]
+    head = projection_head(feature_dim, hidden_mlp, feat_dim, head_bn)
+    return MultiCropNet(backbone, head, prototypes(feat_dim or feature_dim, numbers), normalize)
+
+
+def _check_sizes(hidden_mlp: int, feat_dim: int, numbers: int | tuple[int, ...]) -> None:
+    if hidden_mlp < 0 or feat_dim < 0:
+        raise UserError(f"--hidden_mlp {hidden_mlp} --feat_dim {feat_dim}: sizes must not be negative")
+    if min((numbers,) if isinstance(numbers, int) else (*numbers, 1)) < 0:
+        raise UserError(f"--nmb_prototypes {numbers}: numbers of prototypes must not be negative")
+    if not isinstance(numbers, int) and 0 in numbers:
+        raise UserError(f"--nmb_prototypes {' '.join(map(str, numbers))}: every prototype layer needs at least 1")

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import logging
 import os
+import sys
 import tempfile
 import urllib.parse
 import urllib.request
@@ -100,7 +101,9 @@ def _copy(url: str, file: IO[bytes], path: Path) -> None:
         expected = int(response.headers.get("Content-Length") or -1)
         logger.info("downloading %s (%.0f MB) to %s", url, max(expected, 0) / 1e6, path)
         received = 0
-        with torch.hub.tqdm(total=max(expected, 0) or None, unit="B", unit_scale=True, disable=None) as bar:
+        with torch.hub.tqdm(
+            total=max(expected, 0) or None, unit="B", unit_scale=True, disable=not sys.stderr.isatty()
+        ) as bar:
             while True:
                 with _network_errors(url):
                     chunk = response.read(_CHUNK)

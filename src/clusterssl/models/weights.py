@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from clusterssl.errors import UserError
 from clusterssl.files import read_checkpoint
-from clusterssl.models.build import MultiCropNet, build_model
+from clusterssl.models.build import MultiCropNet, build_backbone, build_model
 from clusterssl.models.download import fetch, is_url
-from clusterssl.models.identify import HEAD_PARTS, describe, look_of
+from clusterssl.models.identify import HEAD_PARTS, Look, describe, look_of
 
 logger = logging.getLogger(__name__)
 
@@ -173,15 +173,35 @@ def model_from_weights(path_or_url: str) -> MultiCropNet:
     """The whole network of a SwAV-family checkpoint: architecture, head and prototypes as the file has them.
 
     Raises:
-        UserError: see `read_weights`; or the file's backbone is none of our residual or convolutional networks.
+        UserError: see `read_weights`; or the file does not tell its architecture.
     """
+    state, look = _read_known(path_or_url)
+    model = build_model(look.arch, look.stem, look.hidden_mlp, look.feat_dim, look.nmb_prototypes, look.head_bn)
+    load_published(model, state, path_or_url)
+    return model
+
+
+def backbone_from_weights(path_or_url: str) -> nn.Module:
+    """The backbone of a SwAV-family checkpoint, of the architecture that the file tells.
+
+    Raises:
+        UserError: see `read_weights`; or the file does not tell its architecture.
+    """
+    state, look = _read_known(path_or_url)
+    backbone = build_backbone(look.arch, look.stem)
+    load_backbone_state(backbone, state, path_or_url)
+    return backbone
+
+
+def _read_known(path_or_url: str) -> tuple[State, Look]:
     state, meta = read_weights(path_or_url)
     look = describe(state, meta)
     if look is None:
-        raise UserError(f"{path_or_url}: its architecture is not one of ours; build it by name and use load_backbone")
-    model = build_model(look.arch, look.stem, look.hidden_mlp, look.feat_dim, look.nmb_prototypes, look.head_bn)
-    load_published(model, state, str(path_or_url))
-    return model
+        raise UserError(
+            f"{path_or_url}: its names and shapes are of none of our residual and convolutional networks, and it does "
+            f"not say which one it is (first names: {_listed(state)}); build the network by name and load into it"
+        )
+    return state, look
 
 
 def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -53,7 +53,7 @@ def build_backbone(arch: str, stem: str = "imagenet") -> nn.Module:
         stem: "imagenet" or "small" (3x3 stride 1, no max-pool); networks without a stem of that kind ignore it.
 
     Returns:
-        Module from images B x 3 x H x W to features B x feature_dim, with attributes feature_dim, arch and stem.
+        Module from images B x 3 x H x W to features B x feature_dim, with attributes feature_dim, arch_name and stem_name.
 
     Raises:
         UserError: unknown architecture or stem, or timm is asked for and absent.
@@ -69,7 +69,7 @@ def build_backbone(arch: str, stem: str = "imagenet") -> nn.Module:
         backbone, stem = torchvision_backbone(arch, stem)
     else:
         raise UserError(f"--arch {arch}: unknown architecture{_nearest(arch)}")
-    backbone.arch, backbone.stem = arch, stem  # type: ignore[assignment]
+    backbone.arch_name, backbone.stem_name = arch, stem  # type: ignore[assignment]
     return backbone
 
 

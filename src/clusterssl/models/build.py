@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from clusterssl.errors import UserError
+from clusterssl.files import first_line
 from clusterssl.models.convnet import convnet, is_convnet
 from clusterssl.models.external import timm_backbone, torchvision_backbone
 from clusterssl.models.heads import MultiPrototypes, normalize_rows_, projection_head, prototypes
@@ -53,7 +54,7 @@ def build_backbone(arch: str, stem: str = "imagenet") -> nn.Module:
         stem: "imagenet" or "small" (3x3 stride 1, no max-pool); networks without a stem of that kind ignore it.
 
     Returns:
-        Module from images B x 3 x H x W to features B x feature_dim, with attributes feature_dim, arch_name and stem_name.
+        Module from images B x 3 x H x W to features B x feature_dim; attributes feature_dim, arch_name, stem_name.
 
     Raises:
         UserError: unknown architecture or stem, or timm is asked for and absent.
@@ -71,6 +72,31 @@ def build_backbone(arch: str, stem: str = "imagenet") -> nn.Module:
         raise UserError(f"--arch {arch}: unknown architecture{_nearest(arch)}")
     backbone.arch_name, backbone.stem_name = arch, stem  # type: ignore[assignment]
     return backbone
+
+
+@torch.no_grad()
+def check_crop_sizes(backbone: nn.Module, sizes: Iterable[tuple[int, int]]) -> None:
+    """Try one blank image of every size, so that a network of fixed input size is refused before the run starts.
+
+    Args:
+        backbone: as `build_backbone` made it; its mode and statistics are left as they are.
+        sizes: (height, width) of the crops.
+
+    Raises:
+        UserError: the network cannot take a size.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    like = next(backbone.parameters())
+    for height, width in dict.fromkeys(sizes):
+        try:
+            backbone(like.new_zeros(1, 3, height, width))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"--arch {backbone.arch_name} cannot take crops of {height}x{width} ({first_line(error)}); "
+                "change --size_crops or take a network without a fixed input size, as any ResNet"
+            ) from error
+    backbone.train(was_training)
 
 
 def _nearest(arch: str) -> str:

@@ -7,13 +7,11 @@ import logging
 from typing import Any
 
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from clusterssl.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-_FIXED_SIZE = (torchvision.models.VisionTransformer, torchvision.models.MaxVit)
 
 
 def torchvision_backbone(arch: str, stem: str) -> tuple[nn.Module, str]:
@@ -30,8 +28,6 @@ def torchvision_backbone(arch: str, stem: str) -> tuple[nn.Module, str]:
     model.set_submodule(name, nn.Identity())
     model.feature_dim = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     model.classifier_name = name
-    if isinstance(model, _FIXED_SIZE):
-        model.register_forward_pre_hook(_need_224)
     if stem == "small" and not isinstance(model, torchvision.models.ResNet):
         logger.warning("%s has no small-image stem; its own stem is kept", arch)
         stem = "imagenet"
@@ -46,15 +42,6 @@ def _last_layer(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     if linears:
         return linears[-1]
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)][-1]
-
-
-def _need_224(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    height, width = inputs[0].shape[-2:]
-    if (height, width) != (224, 224):
-        raise UserError(
-            f"this torchvision network takes 224x224 crops only, got {height}x{width}: "
-            "set --size_crops 224, or use a timm:vit_* network, which takes any size"
-        )
 
 
 def _shrink_stem(model: nn.Module) -> None:

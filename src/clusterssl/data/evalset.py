@@ -1,0 +1,156 @@
+"""Batches for evaluations: one image after the other, centre crop; or random crop and flip to train a classifier.
+
+Suffixes: B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from clusterssl.data.augment import normalize
+from clusterssl.data.badimages import BadImages
+from clusterssl.data.boxes import empty_crops, resized_crop
+from clusterssl.data.dataset import Key, load_or_neighbour
+from clusterssl.data.loader import Guarded, checked, quiet_worker, same
+from clusterssl.data.multicrop import MultiCrop
+from clusterssl.data.params import Param
+from clusterssl.data.source import Source
+from clusterssl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class EvalBatch(NamedTuple):
+    """One batch of an evaluation."""
+
+    images: Tensor
+    """float32 [B, 3, h, w], normalised"""
+    labels: Tensor
+    """int64 [B]; -1 unlabelled"""
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    """int64 [B] dataset positions"""
+
+
+def eval_batches(
+    source: Source,
+    indices: ArrayLike | None = None,
+    *,
+    image_size: int | tuple[int, int],
+    resize: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    train_augment: bool = False,
+    scale: tuple[float, float] = (0.08, 1.0),
+    seed: int = 0,
+    epoch: int = 0,
+    device: torch.device | str = "cpu",
+    ledger: BadImages | None = None,
+) -> Iterator[EvalBatch]:
+    """Iterates over images in the order given; the last batch may be smaller.
+
+    Args:
+        source: images.
+        indices: dataset positions, in the order wanted; None: all in order.
+        image_size: side of the square crop in pixels, or (height, width).
+        resize: length of the shorter side before the centre crop; None: as the image is (smaller ones are enlarged).
+        batch_size: B, images of a batch.
+        workers: worker processes; 0: load in this process.
+        train_augment: random resized crop and flip, a function of (seed, epoch, dataset position), instead of the
+            centre crop.
+        scale: area fractions of that random crop.
+        seed, epoch: of those draws.
+        device: where the images are normalised and delivered; they travel there as uint8.
+        ledger: where unreadable images are entered; without one they are only logged.
+
+    Yields:
+        Batches of images, labels, positions. An unreadable image is replaced by its neighbour.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+    if min(size) < 1 or (resize is not None and resize < 1) or batch_size < 1:
+        raise UserError(f"image_size {size}, resize {resize}, batch_size {batch_size}: all must be at least 1")
+    order = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64).reshape(-1)
+    dataset = _EvalDataset(source, size, resize, MultiCrop((1,), (size,), scale[:1], scale[1:]), train_augment, seed)
+    keys = [(epoch, i) for i in order.tolist()]
+    loader: DataLoader[Any] = DataLoader(
+        Guarded(dataset),
+        batch_sampler=[keys[start : start + batch_size] for start in range(0, len(keys), batch_size)],
+        collate_fn=same,
+        num_workers=workers,
+        pin_memory=torch.device(device).type == "cuda",
+        worker_init_fn=quiet_worker,
+    )
+    labels = torch.from_numpy(np.asarray(source.labels))
+    for images, index, bad in checked(loader):
+        if ledger is not None:
+            ledger.add(bad)
+        else:
+            for i, reason in bad:
+                logger.warning("unreadable image replaced by its neighbour: %s: %s", source.name(i), reason)
+        yield EvalBatch(normalize(images.to(device, non_blocking=True)), labels[index], index)
+
+
+class _EvalDataset(Dataset[Any]):
+    """uint8 images of one size."""
+
+    def __init__(
+        self, source: Source, size: tuple[int, int], resize: int | None, crop: MultiCrop, augment: bool, seed: int
+    ) -> None:
+        self.source = source
+        self.size = size
+        self.resize = resize
+        self.crop = crop
+        self.augment = augment
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+        out = empty_crops(len(keys), self.size)
+        bad: list[tuple[int, str]] = []
+        for row, (epoch, i) in enumerate(keys):
+            image, met = load_or_neighbour(self.source, i)
+            bad += met
+            out[row] = self._random(image, epoch, i) if self.augment else centre_crop(image, self.size, self.resize)
+        return out, torch.tensor([i for _, i in keys]), bad
+
+    def _random(self, image: Tensor, epoch: int, i: int) -> Tensor:
+        drawn = self.crop.draw(self.seed, epoch, i, image.shape[1], image.shape[2])
+        crop = resized_crop(image, drawn.boxes_V4[0], self.size)
+        return crop.flip(-1) if drawn.params_VP[0, Param.FLIP] else crop
+
+
+def centre_crop(image: Tensor, size: tuple[int, int], resize: int | None) -> Tensor:
+    """Resizes the shorter side (bilinear, antialiased) and cuts the centre out, as torchvision's Resize, CenterCrop.
+
+    Args:
+        image: uint8 [3, H, W].
+        size: height, width of the result.
+        resize: length of the shorter side in pixels; None: not resized. If a side is still too short for the crop, the
+            image is enlarged until it fits (torchvision would pad with black).
+
+    Returns:
+        uint8 [3, h, w].
+    """
+    height, width = image.shape[1:]
+    if resize is not None:
+        height, width = (
+            (resize, int(resize * width / height)) if height <= width else (int(resize * height / width), resize)
+        )
+    enlarge = max(size[0] / height, size[1] / width, 1.0)
+    if enlarge > 1:
+        height, width = max(size[0], round(height * enlarge)), max(size[1], round(width * enlarge))
+    if (height, width) != tuple(image.shape[1:]):
+        planar = image[None].contiguous(memory_format=torch.channels_last)
+        image = F.interpolate(planar, size=(height, width), mode="bilinear", antialias=True)[0]
+    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    return image[:, top : top + size[0], left : left + size[1]]

@@ -1,0 +1,138 @@
+"""From a source to batches: workers, epochs that can begin at any step."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from clusterssl.data.dataset import Batch, Key, MultiCropDataset
+from clusterssl.data.multicrop import MultiCrop
+from clusterssl.data.sampler import PositionSampler
+from clusterssl.data.source import Source
+from clusterssl.errors import UserError
+
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+
+
+def quiet_worker(_: int) -> None:
+    """Worker set-up: signals are the main process's business; one thread."""
+    for name in _SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class Failure(str):
+    """Message of a UserError on its way out of a worker, where an exception would arrive with its whole trace."""
+
+
+class Guarded(Dataset[Any]):
+    """Hands lists of keys to a dataset and turns its UserErrors into `Failure`s."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: Sequence[Any]) -> Any:
+        try:
+            return self.dataset.__getitems__(keys)
+        except UserError as error:
+            return Failure(error)
+
+
+def same(item: Any) -> Any:
+    """Collation of what is a batch already."""
+    return item
+
+
+def checked(batches: Any) -> Iterator[Any]:
+    """Passes batches on and raises what workers reported."""
+    for batch in batches:
+        if isinstance(batch, Failure):
+            raise UserError(str(batch))
+        yield batch
+
+
+class Loader:
+    """Multi-crop batches of one rank, epoch by epoch."""
+
+    def __init__(
+        self,
+        source: Source,
+        multicrop: MultiCrop,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """Prepares the workers.
+
+        Args:
+            source: images.
+            multicrop: crops to take of each.
+            batch_size: images of one micro-batch on one rank.
+            accumulate: micro-batches of one optimizer step.
+            rank, world_size: place among the ranks.
+            seed: of order, crops and augmentation.
+            workers: worker processes; 0: load in this process.
+            pin_memory: deliver in pinned memory, for copies to a GPU that do not wait.
+
+        Raises:
+            UserError: the global batch is larger than the dataset, or a number is out of range.
+        """
+        numbers = {"batch_size": (batch_size, 1), "accumulate": (accumulate, 1), "workers": (workers, 0)}
+        for name, (value, least) in numbers.items():
+            if value < least:
+                raise UserError(f"--{name} {value}: must be at least {least}")
+        self.sampler = PositionSampler(
+            len(source), batch_size, accumulate=accumulate, rank=rank, world_size=world_size, seed=seed
+        )
+        if self.sampler.steps == 0:
+            raise UserError(
+                f"a global batch of {self.sampler.global_batch} images ({batch_size} x {accumulate} micro-batches x "
+                f"{world_size} ranks) is larger than the dataset of {len(source)}: lower --batch_size"
+            )
+        self.source = source
+        self.multicrop = multicrop
+        self._loader: DataLoader[Batch] = DataLoader(
+            Guarded(MultiCropDataset(source, multicrop, seed)),
+            batch_sampler=self.sampler,
+            collate_fn=same,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            worker_init_fn=quiet_worker,
+        )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+        return self.sampler.steps
+
+    @property
+    def global_batch(self) -> int:
+        """Images of one optimizer step over all ranks."""
+        return self.sampler.global_batch
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
+        """Iterates over the optimizer steps of an epoch from `start_step` on: lists of `accumulate` batches."""
+        self.sampler.epoch, self.sampler.start = epoch, start_step
+        step: list[Batch] = []
+        for batch in checked(self._loader):
+            step.append(batch)
+            if len(step) == self.sampler.accumulate:
+                yield step
+                step = []
+
+
+__all__ = ["Failure", "Guarded", "Key", "Loader", "checked", "quiet_worker", "same"]

@@ -1,0 +1,114 @@
+"""Where images come from: folders, list files, the built-in digits, synthetic pictures.
+
+Everything downstream sees a `Source`: numbered images with names and, where known, labels.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clusterssl.data.builtin import digits, synthetic
+from clusterssl.data.decode import decode_file
+from clusterssl.data.listing import EXTENSIONS, Listing, list_file, list_folder
+from clusterssl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Numbered images."""
+
+    classes: list[str]
+    """class names; empty if unlabelled"""
+    labels: NDArray[np.int64]
+    """[N] positions in `classes`; -1 unlabelled"""
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """Path of image i, or another name that tells the user which it is."""
+        ...
+
+    def load(self, i: int) -> Tensor:
+        """Image i as uint8 [3, H, W] RGB. Raises BadImageError."""
+        ...
+
+
+class FileSource:
+    """Images in files."""
+
+    def __init__(self, listing: Listing) -> None:
+        self.classes = listing.classes
+        self.labels = listing.labels
+        self._names = listing.names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        """Path of image i."""
+        return self._names[i]
+
+    def load(self, i: int) -> Tensor:
+        """Decodes image i; see `decode_file`."""
+        return decode_file(self.name(i))
+
+
+def open_source(data_path: str, *, split: str = "", limit: int = -1) -> Source:
+    """Opens the images named by `data_path`.
+
+    Args:
+        data_path: "digits" (scikit-learn's handwritten digits at 32 pixels; splits train, val, test),
+            "synthetic[:N[:HxW[:classes]]]", a folder (class folders, nested or not; or pictures directly in it), or a
+            .txt / .lst file with one path per line, optionally followed by a tab or space and a label.
+        split: subfolder (or built-in split) to use; empty: the folder itself, or its train/ if it holds train/ and
+            val/ or test/.
+        limit: keep the first `limit` images; negative: all.
+
+    Raises:
+        UserError: nothing there, no images in it, or no such split.
+    """
+    kind = str(data_path).split(":")[0]
+    if not str(data_path):
+        raise UserError("no data: give a folder, a list file, digits or synthetic as data_path")
+    if limit == 0:
+        raise UserError("a limit of 0 images leaves nothing to read: give a positive number, or -1 for all")
+    if data_path == "digits":
+        return digits(split, limit)
+    if kind == "synthetic":
+        return synthetic(str(data_path), split, limit)
+    path = Path(data_path).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in (".txt", ".lst"):
+            raise UserError(f"{path} is a file: give a folder, or a .txt or .lst file with one path per line")
+        if split:
+            raise UserError(f"{path} is a list file, which has no split {split!r}: give one list per split")
+        listing = list_file(path)
+    else:
+        listing = list_folder(_split_folder(path, split))
+    if limit > 0:
+        listing = listing.first(limit)
+    return FileSource(listing)
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    if not path.is_dir():
+        raise UserError(f"data folder {path} does not exist: check data_path")
+    if split:
+        folder = path / split
+        if not folder.is_dir():
+            raise UserError(f"{path} has no folder {split}/: make one, or point to data that is split")
+        return folder
+    if (path / "train").is_dir() and any((path / name).is_dir() for name in ("val", "test")):
+        logger.info("%s is split: using its train/", path)
+        return path / "train"
+    return path
+
+
+__all__ = ["EXTENSIONS", "FileSource", "Source", "open_source"]

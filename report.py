@@ -1,0 +1,40 @@
+"""Write one self-contained HTML page about one or more runs.
+
+python report.py runs/swav                       # writes runs/swav/report.html
+python report.py runs/a runs/b --out compare.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from clusterssl.config import entry
+from clusterssl.errors import UserError
+from clusterssl.report import write_report
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad flags end like all bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (--dump_path of a training)")
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first run directory)")
+    parser.add_argument("--title", default="", help="heading of the page (default: the names of the runs)")
+    given = parser.parse_args()
+    out = given.out or given.runs[0] / "report.html"
+    write_report(given.runs, out, title=given.title)
+    print(out)
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,178 @@
+"""From run records to the page: which charts and tables there are, and the template that holds them."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+
+from clusterssl.errors import UserError
+from clusterssl.files import atomic_write
+from clusterssl.report.figures import SERIES, Series, line_chart, use_chart
+from clusterssl.report.pictures import Gallery
+from clusterssl.report.records import RunRecord, read_run
+from clusterssl.report.tables import Table, shown, table_of
+from clusterssl.report.verdict import verdict
+
+SAMPLED_ROWS = 12
+
+
+class Quantity(NamedTuple):
+    """What a chart shows of the training records."""
+
+    key: str
+    title: str
+    caption: str
+    percent: bool = False
+
+
+QUANTITIES = (
+    Quantity("loss", "Loss", "ln K is what a network scores that cannot tell images apart."),
+    Quantity("lr", "Learning rate", "Of the first parameter group."),
+    Quantity("perplexity", "Prototypes in effective use", "Perplexity of the assignments; K when all are used alike."),
+    Quantity("dead_share", "Unused prototypes", "Nearest to no image since the record before.", True),
+    Quantity("entropy", "Entropy of an assignment", "Nats; 0 when an image has one prototype, ln K when undecided."),
+    Quantity("feature_std", "Spread of the embeddings", "1 when spread evenly, 0 when all images look alike."),
+    Quantity("rankme", "Effective rank of the embeddings", "RankMe; 1 when they have collapsed to a line."),
+    Quantity("images_per_s", "Throughput", "Images per second, all processes together."),
+    Quantity("data_wait", "Waiting for data", "Share of the time in which the device had nothing to do.", True),
+)
+
+
+class Chart(NamedTuple):
+    """One figure of the page."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+def write_report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    title: str = "",
+    lead: str = "",
+    tables: Sequence[Table] = (),
+    galleries: Sequence[Gallery] = (),
+) -> None:
+    """Write one HTML page about one or more runs that needs nothing but itself.
+
+    Args:
+        runs: run directories, shown in this order.
+        out: file of the page.
+        title: heading; made from the runs' names when empty.
+        lead: a paragraph under the heading.
+        tables: results to show before everything else.
+        galleries: strips of thumbnails.
+
+    Raises:
+        UserError: a run directory is missing or empty, or the page cannot be written.
+    """
+    if not runs:
+        raise UserError("no run directory given; name at least one")
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder, so the page cannot be written there; make it first")
+    records = [read_run(path) for path in runs]
+    page = render(records, title=title, lead=lead, tables=tables, galleries=galleries)
+
+    def write(file: IO[bytes]) -> None:
+        file.write(page.encode("utf-8"))
+
+    atomic_write(out, write)
+
+
+def render(
+    runs: Sequence[RunRecord],
+    *,
+    title: str = "",
+    lead: str = "",
+    tables: Sequence[Table] = (),
+    galleries: Sequence[Gallery] = (),
+) -> str:
+    """The page as text."""
+    folder = resources.files("clusterssl.report")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["shown"] = shown
+    template = environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=title or "Run " + ", ".join(run.name for run in runs),
+        lead=lead,
+        css=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
+        made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        runs=[_described(run) for run in runs],
+        lines=SERIES,
+        tables=[*tables, *_evaluations(runs)],
+        galleries=galleries,
+        charts=_charts(runs),
+        use=_use(runs),
+    )
+
+
+def _charts(runs: Sequence[RunRecord]) -> list[Chart]:
+    charts = []
+    for key, title, caption, percent in QUANTITIES:
+        series = [Series(run.name, *run.curve(key)) for run in runs]
+        if not any(line.x for line in series):
+            continue
+        first = key == "loss"
+        levels = sorted({round(run.last("ln_k") or 0.0, 6) for run in runs} - {0.0}) if first else []
+        svg = line_chart(
+            key, f"{title} over training steps", series, levels=[(level, f"ln K = {level:.2f}") for level in levels],
+            floor=not first, percent=percent, large=first,
+        )  # fmt: skip
+        charts.append(Chart(title, caption, Markup(svg)))
+    return charts
+
+
+def _use(runs: Sequence[RunRecord]) -> Chart | None:
+    counts = [(run.name, run.occupancy()) for run in runs]
+    if not any(count for _, count in counts):
+        return None
+    title = "Use of the prototypes in the last epoch"
+    svg = use_chart("use", title, [(name, count or [0]) for name, count in counts])
+    return Chart(title, "Share of all assignments each prototype received.", Markup(svg))
+
+
+def _evaluations(runs: Sequence[RunRecord]) -> list[Table]:
+    """One table per kind of evaluation, one row per record."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        for record in run.evaluations:
+            flat = {key: value for key, value in record.items() if not isinstance(value, (dict, list))}
+            found.setdefault(str(record["eval"]), []).append({"run": run.name, **flat})
+    return [table_of(f"Evaluation: {kind}", rows, leave_out=("eval", "time")) for kind, rows in found.items()]
+
+
+def _described(run: RunRecord) -> dict[str, Any]:
+    """What the template shows of one run besides charts."""
+    about = run.about
+    argv = about.get("argv")
+    command = about.get("command") or (" ".join(map(str, argv)) if isinstance(argv, list) else "")
+    config = about.get("config")
+    environment: dict[str, Any] = {}
+    for group, value in about.items():
+        if group in ("argv", "command", "config", "time") or value in (None, "", [], {}):
+            continue
+        environment |= (
+            {f"{group} {key}": part for key, part in value.items()} if isinstance(value, dict) else {group: value}
+        )
+    every = max(1, -(-len(run.steps) // SAMPLED_ROWS))
+    sampled = run.steps[::every]
+    if run.steps and sampled[-1] is not run.steps[-1]:
+        sampled = [*sampled, run.steps[-1]]
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "remarks": verdict(run),
+        "command": command,
+        "config": config if isinstance(config, dict) else {},
+        "environment": environment,
+        "launches": table_of("Starts", run.launches) if run.launches else None,
+        "numbers": table_of("Some of the logged steps", sampled, leave_out=("time",)) if sampled else None,
+    }

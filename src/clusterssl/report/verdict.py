@@ -1,0 +1,92 @@
+"""What a run's numbers mean, in words."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import NamedTuple
+
+from clusterssl.report.records import RunRecord
+
+NEAR_LN_K = 0.02
+FEW_PROTOTYPES = 0.1
+MANY_DEAD = 0.5
+LOW_RANK = 2.0
+LONG_WAIT = 0.2
+
+
+class Remark(NamedTuple):
+    """One finding; `kind` is good, note or bad."""
+
+    kind: str
+    text: str
+
+
+def verdict(run: RunRecord) -> list[Remark]:
+    """Findings about the loss, the use of the prototypes, the features and the loader, the loss first."""
+    if not run.steps:
+        return [Remark("note", "No training step was logged yet.")]
+    remarks = [_loss(run), _prototypes(run), _features(run), _loader(run), _starts(run)]
+    return [remark for remark in remarks if remark is not None]
+
+
+def _tail(run: RunRecord, key: str) -> float | None:
+    """Median of the last tenth of a curve (five values at least), so that one step decides nothing."""
+    values = run.curve(key)[1]
+    return median(values[-max(5, len(values) // 10) :]) if values else None
+
+
+def _loss(run: RunRecord) -> Remark | None:
+    end, ln_k = _tail(run, "loss"), run.last("ln_k")
+    if end is None:
+        return Remark("bad", "No finite loss was logged.")
+    begin = run.curve("loss")[1][0]
+    if ln_k is None:
+        return Remark("note", f"The loss went from {begin:.3f} to {end:.3f}.")
+    compared = f"ln K = {ln_k:.3f}, the loss of a network that cannot tell images apart"
+    if end > ln_k * (1 - NEAR_LN_K):
+        return Remark(
+            "bad",
+            f"The loss is {end:.3f} after {run.steps[-1]['step']} steps, still at {compared}: it has not learned. "
+            "Try a smaller --epsilon, a longer --freeze_prototypes_niters, another --base_lr.",
+        )
+    return Remark("good", f"The loss fell to {end:.3f}, {1 - end / ln_k:.0%} below {compared}.")
+
+
+def _prototypes(run: RunRecord) -> Remark | None:
+    perplexity, dead, ln_k = _tail(run, "perplexity"), _tail(run, "dead_share"), run.last("ln_k")
+    if perplexity is None or ln_k is None:
+        return None
+    number = round(math.exp(ln_k))
+    text = f"{perplexity:.0f} of {number} prototypes are in effective use"
+    text += f", {dead:.0%} were given no image." if dead is not None else "."
+    few = perplexity < FEW_PROTOTYPES * number or (dead is not None and dead > MANY_DEAD)
+    return Remark("bad" if few else "good", text)
+
+
+def _features(run: RunRecord) -> Remark | None:
+    rank = _tail(run, "rankme")
+    if rank is None:
+        return None
+    if rank < LOW_RANK:
+        return Remark(
+            "bad", f"The features have an effective rank of {rank:.1f}: they have collapsed to a line or point."
+        )
+    return Remark("good", f"The features spread over {rank:.0f} directions (effective rank, RankMe).")
+
+
+def _loader(run: RunRecord) -> Remark | None:
+    waits, speeds = run.curve("data_wait")[1], run.curve("images_per_s")[1]
+    if not waits or not speeds:
+        return None
+    wait, speed = median(waits), median(speeds)
+    text = f"{speed:,.0f} images/s (median); {wait:.0%} of the time went into waiting for data"
+    if wait > LONG_WAIT:
+        return Remark("note", text + ": more loader processes (--workers) or smaller images on disk would help.")
+    return Remark("good", text + ".")
+
+
+def _starts(run: RunRecord) -> Remark | None:
+    if len(run.launches) < 2:
+        return None
+    return Remark("note", f"The run was started {len(run.launches)} times and went on from its checkpoint.")

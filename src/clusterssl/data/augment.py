@@ -86,7 +86,7 @@ class Augment(nn.Module):
         x_N3HW = x_N3HW.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         jittered, grey, blurred, solarized = (np.flatnonzero(rows) for rows in wanted)
         x_N3HW = replace_rows(x_N3HW, jittered, partial(jitter, params_NP=params_NP[jittered]))
-        x_N3HW = replace_rows(x_N3HW, grey, lambda x: luma(x).expand_as(x))
+        x_N3HW = replace_rows(x_N3HW, grey, lambda x: luma(x).repeat(1, 3, 1, 1))
         x_N3HW = replace_rows(x_N3HW, blurred, partial(gaussian_blur, radius_N=params_NP[blurred, Param.SIGMA]))
         x_N3HW = replace_rows(x_N3HW, solarized, solarize)
         return normalize(x_N3HW, self.mean, [s / 255 for s in self.std])

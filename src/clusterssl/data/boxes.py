@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TRIES = 10
+SMALL_SIDE = 64
 BOX_SLOTS = 2 * TRIES + 2
 
 
@@ -84,5 +85,7 @@ def resized_crop(image: Tensor, box: ArrayLike, size: tuple[int, int]) -> Tensor
 
 
 def empty_crops(rows: int, size: tuple[int, int]) -> Tensor:
-    """Uninitialised uint8 [rows, 3, h, w], strided channels-last as `resized_crop` delivers."""
+    """Uninitialised uint8 [rows, 3, h, w]; small ones planar, others channels-last as `resized_crop` delivers."""
+    if max(size) <= SMALL_SIDE:
+        return torch.empty((rows, 3, *size), dtype=torch.uint8)
     return torch.empty((rows, *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)

@@ -5,17 +5,19 @@ Suffixes: V views, B rows of a batch, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from clusterssl.data.boxes import empty_crops, resized_crop
 from clusterssl.data.decode import BadImageError
 from clusterssl.data.multicrop import MultiCrop
+from clusterssl.data.smallcrops import is_small, small_crops
 from clusterssl.data.source import Source
 from clusterssl.errors import UserError
 
@@ -23,7 +25,7 @@ Key = tuple[int, int]
 """(epoch, dataset position): what a sampler asks for."""
 
 MAX_NEIGHBOURS = 64
-_CHUNK = 16
+_DECODED_BYTES = 2 * 2**20  # decoded images kept at a time: what a cache holds, and enough small ones
 
 
 class Batch(NamedTuple):
@@ -77,24 +79,32 @@ class MultiCropDataset(Dataset[Batch]):
         u_BVS = self.multicrop.uniforms(self.seed, epoch, index)
         crops = [empty_crops(len(index), size) for size in self.multicrop.sizes]
         bad: list[tuple[int, str]] = []
-        for rows in _chunks(len(index)):
-            images = []
-            for i in index[rows]:
-                image, met = load_or_neighbour(self.source, int(i))
-                images.append(image)
-                bad += met
-            heights, widths = [x.shape[1] for x in images], [x.shape[2] for x in images]
-            boxes = self.multicrop.boxes(u_BVS[rows], heights, widths)
-            for row, image, boxes_V4 in zip(range(rows.start, rows.stop), images, boxes, strict=True):
-                for out, box, size in zip(crops, boxes_V4, self.multicrop.sizes, strict=True):
-                    out[row] = resized_crop(image, box, size)
+        images: list[Tensor] = []
+        waiting = 0
+        for row, i in enumerate(index.tolist()):
+            image, met = load_or_neighbour(self.source, i)
+            images.append(image)
+            bad += met
+            waiting += image.numel()
+            if row + 1 == len(index) or waiting >= _DECODED_BYTES:
+                rows = slice(row + 1 - len(images), row + 1)
+                self._crop(images, u_BVS[rows], [out[rows] for out in crops])
+                images, waiting = [], 0
         params_VBP = torch.from_numpy(np.ascontiguousarray(self.multicrop.params(u_BVS).swapaxes(0, 1)))
         return Batch(crops, params_VBP, torch.from_numpy(index.copy()), bad)
 
-
-def _chunks(n: int) -> Iterator[slice]:
-    for start in range(0, n, _CHUNK):
-        yield slice(start, min(start + _CHUNK, n))
+    def _crop(self, images: Sequence[Tensor], u_BVS: NDArray[np.float64], out: Sequence[Tensor]) -> None:
+        """Writes the crops of some decoded images."""
+        sizes = self.multicrop.sizes
+        heights, widths = [x.shape[1] for x in images], [x.shape[2] for x in images]
+        boxes_BV4 = self.multicrop.boxes(u_BVS, heights, widths)
+        if len({image.shape for image in images}) == 1 and is_small(heights[0], widths[0], sizes):
+            for view, crops in zip(out, small_crops(torch.stack(list(images)), boxes_BV4, sizes), strict=True):
+                view.copy_(crops)
+            return
+        for row, (image, boxes_V4) in enumerate(zip(images, boxes_BV4, strict=True)):
+            for view, box, size in zip(out, boxes_V4, sizes, strict=True):
+                view[row] = resized_crop(image, box, size)
 
 
 def collate(batches: Sequence[Batch]) -> Batch:

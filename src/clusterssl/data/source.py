@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clusterssl.data.builtin import digits, synthetic
+from clusterssl.data.cache import cached_if_small
 from clusterssl.data.decode import decode_file
-from clusterssl.data.listing import EXTENSIONS, Listing, list_file, list_folder
+from clusterssl.data.listing import Listing, list_file, list_folder
 from clusterssl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def open_source(data_path: str, *, split: str = "", limit: int = -1) -> Source:
         listing = list_folder(_split_folder(path, split))
     if limit > 0:
         listing = listing.first(limit)
-    return FileSource(listing)
+    return cached_if_small(FileSource(listing))
 
 
 def _split_folder(path: Path, split: str) -> Path:
@@ -109,6 +110,3 @@ def _split_folder(path: Path, split: str) -> Path:
         logger.info("%s is split: using its train/", path)
         return path / "train"
     return path
-
-
-__all__ = ["EXTENSIONS", "FileSource", "Source", "open_source"]

@@ -1,0 +1,175 @@
+"""SwAV: learn by predicting the cluster assignment of one view of an image from its other views.
+
+Caron et al. 2020, https://arxiv.org/abs/2006.09882
+
+    python main_swav.py                                                     # built-in digits, CPU or GPU
+    python main_swav.py --data_path /imagenet/train --dump_path runs/mine   # your images, one process
+    torchrun --nproc_per_node=8 main_swav.py --data_path /imagenet/train    # one node
+    sbatch scripts/swav_400ep_pretrain.sh                                   # many nodes
+
+Shape suffixes: B images of a (micro-)batch, V views, A assigned views, N = V * B rows, D feature dimension,
+K prototypes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+import torch
+from torch import Tensor, nn
+
+from clusterssl import config as cfg
+from clusterssl import dist, options
+from clusterssl.batchnorm import unchanged_statistics
+from clusterssl.cluster.online import OnlineAssigner
+from clusterssl.engine import bare, fit
+from clusterssl.monitor import Observation
+from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, num_views
+from clusterssl.pretrain import assemble, join, or_digits
+
+
+@dataclass(frozen=True)
+class SwAVOptions:
+    """Assignments."""
+
+    crops_for_assign: tuple[int, ...] = (0, 1)
+    """crops whose assignments are computed, each predicted from all other crops"""
+    temperature: float = 0.1
+    """of the softmax over prototypes in the loss"""
+    epsilon: float = 0.05
+    """smoothness of the assignments; 0.03 helps when the loss stays at ln K"""
+    sinkhorn_iterations: int = 3
+    """normalisations of the assignments"""
+    hard_assignment: bool = False
+    """round each assignment to its largest entry"""
+    nmb_prototypes: int = 3000
+    """number of prototypes K"""
+    queue_length: int = 0
+    """embeddings of earlier batches, over all ranks, that join the assignment; for small batches"""
+    epoch_queue_starts: int = 15
+    """first epoch with a queue"""
+    freeze_prototypes_niters: int = 313
+    """first steps in which the prototypes stay as they are"""
+    freeze_prototypes_epochs: int = 0
+    """the same counted in epochs; the longer of the two holds"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All flags of this script."""
+
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    swav: SwAVOptions = SwAVOptions()
+    optim: OptimOptions = OptimOptions()
+    run: RunOptions = RunOptions()
+
+    def __post_init__(self) -> None:
+        views, assigned = num_views(self.data), self.swav.crops_for_assign
+        cfg.require(views > 1, f"--nmb_crops {views}: SwAV compares views, it needs at least 2 crops")
+        cfg.require(
+            all(0 <= crop < views for crop in assigned),
+            f"--crops_for_assign {' '.join(map(str, assigned))}: there are {views} crops, use numbers 0 to {views - 1}",
+        )
+        cfg.require(self.swav.epsilon > 0, f"--epsilon {self.swav.epsilon}: must be positive")
+        cfg.require(self.swav.sinkhorn_iterations > 0, "--sinkhorn_iterations: must be at least 1")
+        cfg.require(self.swav.nmb_prototypes > 1, "--nmb_prototypes: must be at least 2")
+
+
+DIGITS = Config(
+    options.DIGITS_DATA, options.DIGITS_MODEL, SwAVOptions(nmb_prototypes=30, freeze_prototypes_niters=0),
+    options.DIGITS_OPTIM, RunOptions(dump_path="runs/swav_digits"),
+)  # fmt: skip
+
+
+def swapped_prediction(scores_NK: Tensor, q_ABK: Tensor, assigned: Sequence[int], temperature: float) -> Tensor:
+    """Mean cross-entropy between the assignment of a view and the prediction from every other view, equations 1, 2, 6.
+
+    Args:
+        scores_NK: prototype scores of all views, row v * B + b for view v of image b.
+        q_ABK: assignments of the views `assigned`, without gradient.
+        assigned: positions of the assigned views among all.
+        temperature: of the softmax.
+    """
+    log_p_VBK = (scores_NK.float() / temperature).log_softmax(1).unflatten(0, (-1, q_ABK.shape[1]))
+    others = log_p_VBK.shape[0] - 1
+    all_views_BK = log_p_VBK.sum(0)
+    losses = [-(q_BK * (all_views_BK - log_p_VBK[a])).sum() for a, q_BK in zip(assigned, q_ABK, strict=True)]
+    return torch.stack(losses).mean() / (others * q_ABK.shape[1])
+
+
+class SwAV:
+    """Swapped prediction over multi-crop; assignments by Sinkhorn over the step's images and the queue."""
+
+    def __init__(self, model: nn.Module, config: Config, steps_per_epoch: int) -> None:
+        o = self.options = config.swav
+        self.model, self.net = model, bare(model)
+        self.prototypes = self.net.prototype_layers()[0]
+        self.views, self.assigned = num_views(config.data), list(o.crops_for_assign)
+        self.assigner = OnlineAssigner(
+            num_crops=len(self.assigned), step_images=config.optim.batch_size * config.optim.accumulate,
+            epsilon=o.epsilon, iterations=o.sinkhorn_iterations, hard=o.hard_assignment, queue_length=o.queue_length,
+            epoch_queue_starts=o.epoch_queue_starts,
+        )  # fmt: skip
+        self.frozen_steps = max(o.freeze_prototypes_niters, o.freeze_prototypes_epochs * steps_per_epoch)
+        self.planned: list[Tensor] = []
+        self.seen: Observation | None = None
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.assigner.begin_epoch(epoch, self.prototypes.weight)
+
+    def begin_step(self, micro_batches: Iterator[list[Tensor]]) -> None:
+        """With accumulation: assign all micro-batches together, as one batch of their total size."""
+        self.net.normalize_prototypes()
+        with torch.no_grad(), unchanged_statistics(self.net):
+            z = [self.of_assigned(self.model(crops)[0]) for crops in micro_batches]
+        q_ABK = self.assigner.assign(torch.cat(z, dim=1), self.prototypes.weight)
+        self.planned = list(q_ABK.split([part.shape[1] for part in z], dim=1))
+
+    def loss(self, crops: list[Tensor], index: Tensor) -> Tensor:
+        """Swapped prediction of one (micro-)batch."""
+        if not self.planned:
+            self.net.normalize_prototypes()
+        z_ND, scores_NK = self.model(crops)
+        z_ABD = self.of_assigned(z_ND.detach())
+        q_ABK = self.planned.pop(0) if self.planned else self.assigner.assign(z_ABD, self.prototypes.weight)
+        scores_ABK = self.of_assigned(scores_NK.detach())
+        self.seen = Observation(z_ABD.flatten(0, 1), scores_ABK.flatten(0, 1), q_ABK.flatten(0, 1))
+        return swapped_prediction(scores_NK, q_ABK, self.assigned, self.options.temperature)
+
+    def of_assigned(self, rows_NX: Tensor) -> Tensor:
+        """Rows of the assigned views, [A, B, X]."""
+        return rows_NX.unflatten(0, (self.views, -1))[self.assigned]
+
+    def before_step(self, step: int) -> None:
+        if step < self.frozen_steps:
+            self.prototypes.weight.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.assigner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.assigner.load_state_dict(state, self.prototypes.weight)
+
+
+def main() -> None:
+    config = cfg.parse(Config, description=__doc__, default=or_digits(Config(), DIGITS))
+    world = join(config.run)
+    try:
+        parts = assemble(
+            "swav", config, world, config.swav.nmb_prototypes,
+            lambda model, loader: SwAV(model, config, loader.batches_per_epoch),
+        )  # fmt: skip
+        fit(parts)
+    finally:
+        dist.leave()
+
+
+if __name__ == "__main__":
+    cfg.entry(main)

@@ -1,0 +1,1 @@
+"""How images get their labels: optimal transport, k-means, and the memories these look at."""

@@ -1,0 +1,325 @@
+"""The only training loop. A method says what the loss is; this file says when things happen."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clusterssl import dist
+from clusterssl.data import Augment, BadImages, Batch, Loader
+from clusterssl.dist import World
+from clusterssl.errors import Stopped, UserError
+from clusterssl.models.build import MultiCropNet
+from clusterssl.models.weights import load_published, published_state_dict
+from clusterssl.monitor import Monitor, Observation
+from clusterssl.preemption import StopRequest, requeue
+from clusterssl.progress import Progress
+from clusterssl.run import Run
+
+logger = logging.getLogger(__name__)
+
+Crops = list[Tensor]
+
+
+class Method(Protocol):
+    """What distinguishes one method from another, called by `fit` in this order."""
+
+    seen: Observation | None
+    """of the last loss, for the monitor"""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Before the first step of an epoch: cluster the memory, solve the assignment, start a queue."""
+
+    def begin_step(self, micro_batches: Iterator[Crops]) -> None:
+        """With --accumulate above 1 only: look at the crops of the whole step before its losses are computed."""
+
+    def loss(self, crops: Crops, index: Tensor) -> Tensor:
+        """Scalar loss of one (micro-)batch. crops: V tensors B x 3 x H x W; index: B dataset positions, int64."""
+
+    def before_step(self, step: int) -> None:
+        """After backward, before the optimiser: for instance freeze prototypes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and replicated tensors; tensors split over ranks along dimension 0 under the key "sharded"."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave, re-split for this number of ranks."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long `fit` trains and when it looks up from training."""
+
+    epochs: int
+    accumulate: int
+    learning_rate: Callable[[int], float]
+    """of an optimiser step, counted from 0"""
+    seed: int
+    log_freq: int = 10
+    """steps between two records in metrics.jsonl"""
+    checkpoint_freq: int = 25
+    """epochs between two kept checkpoints"""
+    checkpoint_minutes: float = 10.0
+    """0: after every step"""
+    stop_on_collapse: bool = False
+    max_bad_fraction: float = 0.01
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Autocast type (None: float32 throughout); float16 gradients are scaled."""
+
+    dtype: torch.dtype | None = None
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Context of the forward pass."""
+        return nullcontext() if self.dtype is None else torch.autocast(device.type, dtype=self.dtype)
+
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """Gradient scaler; does nothing unless the type is float16."""
+        return torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+
+@dataclass
+class Parts:
+    """Everything a run consists of; `fit` moves it through time."""
+
+    method: Method
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    augment: Augment
+    schedule: Schedule
+    precision: Precision
+    run: Run
+    world: World
+    layout: torch.memory_format
+    record: dict[str, Any]
+    """what a reader of the checkpoint must know of the model: arch, stem, size_crops"""
+
+
+def distribute(model: nn.Module, world: World) -> nn.Module:
+    """Wrap a model so that gradients are averaged over ranks; alone it stays as it is."""
+    if world.size == 1:
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def bare(model: nn.Module) -> MultiCropNet:
+    """The model inside the distributed wrapper."""
+    return cast(MultiCropNet, model.module if isinstance(model, DistributedDataParallel) else model)
+
+
+def fit(parts: Parts) -> None:
+    """Train until the schedule ends, resuming from the run directory where a checkpoint is there.
+
+    Raises:
+        UserError: non-finite loss, collapse with `stop_on_collapse`, too many unreadable images, full disk.
+        Stopped: a signal asked for it; a checkpoint was written.
+    """
+    with StopRequest() as request:
+        _Training(parts, request).train()
+
+
+class _Training:
+    def __init__(self, parts: Parts, request: StopRequest) -> None:
+        self.parts, self.request = parts, request
+        self.scaler = parts.precision.scaler(parts.world.device)
+        self.monitor = Monitor()
+        self.bad = BadImages(
+            parts.loader.source, parts.run.folder / "bad_images.txt", max_bad_fraction=parts.schedule.max_bad_fraction
+        )
+        self.problem = ""
+        self.agreement = dist.Agreement(3)
+        self.step = 0
+        self.steps_per_epoch = parts.loader.batches_per_epoch
+        self.total = parts.schedule.epochs * self.steps_per_epoch
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=parts.world.device)
+        self.loss_sum = torch.zeros((), device=parts.world.device, dtype=torch.float64)
+        self.loss = torch.zeros((), device=parts.world.device)
+        self.saved_at, self.saved_step = time.monotonic(), 0
+
+    def train(self) -> None:
+        self.resume()
+        self.progress = Progress(self.total, self.step, self.parts.loader.global_batch, self.parts.world)
+        try:
+            while self.step < self.total:
+                self.epoch(self.step // self.steps_per_epoch)
+            self.agreement.finish()
+        finally:
+            self.progress.close()
+            self.parts.run.close()
+
+    def epoch(self, epoch: int) -> None:
+        method, start = self.parts.method, self.step % self.steps_per_epoch
+        if start == 0:
+            method.begin_epoch(epoch)
+        self.parts.model.train()
+        for batches in self.progress.timed(self.parts.loader.epoch(epoch, start)):
+            self.one_step(batches)
+            last = self.step % self.steps_per_epoch == 0
+            if last or self.step % self.parts.schedule.log_freq == 0:
+                self.log(epoch)
+            if last:
+                self.end_epoch(epoch)
+            self.save_or_stop()
+
+    def one_step(self, batches: list[Batch]) -> None:
+        parts = self.parts
+        rate = parts.schedule.learning_rate(self.step)
+        for group in parts.optimizer.param_groups:
+            group["lr"] = rate
+        # Dropout and the like depend on the step alone, so that a resumed run repeats them.
+        torch.manual_seed(parts.schedule.seed * 1_000_003 + self.step)
+        if len(batches) > 1:
+            with parts.precision.autocast(parts.world.device):
+                parts.method.begin_step(self.crops(batch) for batch in batches)
+        step_loss = self.loss.new_zeros(())
+        for number, batch in enumerate(batches):
+            with self.no_sync(number < len(batches) - 1):
+                with parts.precision.autocast(parts.world.device):
+                    index = batch.index.to(parts.world.device, non_blocking=True)
+                    loss = parts.method.loss(self.crops(batch), index) / len(batches)
+                self.scaler.scale(loss).backward()
+            step_loss = step_loss + loss.detach()
+            self.watch(batch)
+        parts.method.before_step(self.step)
+        self.scaler.step(parts.optimizer)
+        self.scaler.update()
+        parts.optimizer.zero_grad(set_to_none=True)
+        self.keep_count(step_loss)
+
+    def crops(self, batch: Batch) -> Crops:
+        crops = self.parts.augment(batch.crops, batch.params, self.parts.world.device)
+        return [crop.contiguous(memory_format=self.parts.layout) for crop in crops]
+
+    def no_sync(self, more: bool) -> AbstractContextManager[Any]:
+        """Ranks exchange gradients only in the last backward pass of a step."""
+        model = self.parts.model
+        return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def watch(self, batch: Batch) -> None:
+        if self.parts.method.seen is not None:
+            self.monitor.observe(self.parts.method.seen)
+        try:
+            self.bad.add(batch.bad)
+        except UserError as error:  # raised at the step's end, in all ranks together
+            self.problem = str(error)
+
+    def keep_count(self, loss: Tensor) -> None:
+        """Note the loss and the first step at which it was not finite, without waiting for the device."""
+        first = (self.first_bad_step < 0) & ~torch.isfinite(loss)
+        self.first_bad_step = torch.where(first, self.step, self.first_bad_step)
+        self.loss = loss
+        self.loss_sum += loss
+        self.step += 1
+
+    def check_finite(self) -> None:
+        bad_step = int(dist.all_reduce_(self.first_bad_step.clone(), "max"))
+        if bad_step >= 0:
+            raise UserError(
+                f"the loss was not finite at step {bad_step}; the last good checkpoint in {self.parts.run.folder} is "
+                "kept: start again from it with a lower --base_lr, a longer warm-up, or --use_fp16 false"
+            )
+
+    def log(self, epoch: int) -> None:
+        self.check_finite()
+        loss = float(dist.all_reduce_(self.loss.clone(), "mean"))
+        record: dict[str, Any] = {"epoch": epoch, "step": self.step, "loss": loss}
+        record["lr"] = self.parts.optimizer.param_groups[0]["lr"]
+        record |= self.progress.rates(self.step)
+        seen = self.parts.method.seen
+        if seen is not None:
+            record |= self.monitor.measure(loss, seen)
+        record["bad_images"] = self.bad.count
+        self.parts.run.log(record)
+        self.progress.show(record)
+        if self.monitor.verdict and self.parts.schedule.stop_on_collapse:
+            raise UserError(f"--stop_on_collapse: stopped at step {self.step}, {self.monitor.verdict}")
+
+    def end_epoch(self, epoch: int) -> None:
+        mean = float(dist.all_reduce_(self.loss_sum.clone(), "mean")) / self.steps_per_epoch
+        self.loss_sum.zero_()
+        occupancy = self.monitor.epoch_occupancy()
+        self.parts.run.log({"epoch_end": epoch, "loss": mean, "occupancy": occupancy})
+        every = self.parts.schedule.checkpoint_freq
+        last = self.step == self.total
+        kept = f"ckp-{epoch}.pth" if last or (every > 0 and epoch % every == 0) else ""
+        self.save(keep_as=kept)
+
+    def save_or_stop(self) -> None:
+        """Save when time is up and stop when a signal came, in all ranks at the same step."""
+        minutes = self.parts.schedule.checkpoint_minutes
+        due = time.monotonic() - self.saved_at >= 60 * minutes
+        asked = bool(self.request.received)
+        stop, due_somewhere, problem = self.agreement.exchange([int(asked), int(due), int(bool(self.problem))])
+        if problem:
+            self.agreement.finish()
+            raise UserError(self.problem or "another rank stopped the run; its message says why")
+        if self.step == self.total:
+            return
+        # The answer is one step old, so a save of the step before has already met what it asks for.
+        fresh = self.step - self.saved_step <= (0 if minutes == 0 else 1)
+        if (stop and self.step != self.saved_step) or ((minutes == 0 or due_somewhere) and not fresh):
+            self.save()
+        if stop:
+            self.stop()
+
+    def stop(self) -> None:
+        self.agreement.finish()
+        if self.parts.world.is_main:
+            requeue()
+        name = self.request.received or "a signal to another rank"
+        raise Stopped(f"stopped by {name} after step {self.step} of {self.total}; the same command continues there")
+
+    def save(self, keep_as: str = "") -> None:
+        self.check_finite()
+        self.check_weights()
+        parts = self.parts
+        state = parts.method.state_dict()
+        sharded = state.pop("sharded", {})
+        shared = {
+            "epoch": self.step // self.steps_per_epoch,
+            "state_dict": published_state_dict(bare(parts.model)),
+            "optimizer": parts.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "method_state": state,
+            "loss_sum": float(dist.all_reduce_(self.loss_sum.clone(), "mean")),
+            "model": parts.record,
+        }
+        parts.run.save(shared, sharded, step=self.step, keep_as=keep_as)
+        self.saved_at, self.saved_step = time.monotonic(), self.step
+
+    def check_weights(self) -> None:
+        """Never overwrite a good checkpoint by one whose weights are not finite."""
+        norms = torch._foreach_norm([p.detach() for p in self.parts.model.parameters()])
+        if not bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
+            raise UserError(
+                f"weights were not finite after step {self.step - 1}; the last good checkpoint in "
+                f"{self.parts.run.folder} is kept: start again from it with a lower --base_lr or --use_fp16 false"
+            )
+
+    def resume(self) -> None:
+        state = self.parts.run.load()
+        if state is None:
+            return
+        load_published(bare(self.parts.model), state["state_dict"])
+        self.parts.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.loss_sum.fill_(state["loss_sum"])
+        self.parts.method.load_state_dict({**state["method_state"], "sharded": state["sharded"]})
+        epoch, within = divmod(self.step, self.steps_per_epoch)
+        if self.step >= self.total:
+            logger.info("already trained for %d epochs; nothing to do", epoch)
+        else:
+            logger.info("resuming at epoch %d, step %d of %d", epoch, within, self.steps_per_epoch)

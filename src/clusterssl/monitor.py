@@ -1,0 +1,152 @@
+"""Is it learning? Numbers that tell a collapsing run from a healthy one while it runs, and a verdict in words.
+
+Shape suffixes: N embeddings of this rank, D their dimension, B images, K prototypes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clusterssl import dist
+
+logger = logging.getLogger(__name__)
+
+
+class Observation(NamedTuple):
+    """What a method shows of one step, detached: embeddings, raw scores and assignments of the assigned crops."""
+
+    z_ND: Tensor
+    scores_NK: Tensor
+    assignments_NK: Tensor
+
+
+def rankme(z_ND: Tensor) -> float:
+    """Effective rank of the embeddings of all ranks: exp of the entropy of their normalised singular values.
+
+    RankMe (Garrido et al. 2023, arXiv 2210.02885, equation 1). Between 1 (one direction) and min(N, D).
+    """
+    gram_DD = dist.all_reduce_(z_ND.double().T @ z_ND.double()).cpu()
+    singular_D = torch.linalg.eigvalsh(gram_DD).clamp_(min=0).sqrt_()
+    share_D = singular_D / singular_D.sum().clamp_(min=1e-300) + 1e-7
+    return math.exp(float(-(share_D * share_D.log()).sum()))
+
+
+def feature_std(z_ND: Tensor) -> float:
+    """Mean standard deviation of the embedding's coordinates, times sqrt(D): 1 when spread evenly, 0 when collapsed."""
+    z_ND = z_ND.double()
+    packed = torch.cat([z_ND.sum(0), z_ND.square().sum(0), z_ND.new_tensor([z_ND.shape[0]])])
+    packed = dist.all_reduce_(packed)
+    dim = z_ND.shape[1]
+    mean_D, square_D = packed[:dim] / packed[-1], packed[dim:-1] / packed[-1]
+    return float((square_D - mean_D.square()).clamp_(min=0).sqrt().mean() * math.sqrt(dim))
+
+
+def entropy(assignments_NK: Tensor) -> float:
+    """Mean entropy of the rows over all ranks, in nats: ln K when nothing is assigned, 0 when everything is sharp."""
+    q_NK = assignments_NK.float()
+    rows_N = torch.special.entr(q_NK).sum(1)
+    packed = dist.all_reduce_(torch.stack([rows_N.sum(), rows_N.new_tensor(float(rows_N.numel()))]).double())
+    return float(packed[0] / packed[1])
+
+
+class Occupancy:
+    """Counts the nearest prototype of every embedding since the last reset, on the device."""
+
+    def __init__(self) -> None:
+        self._counts_K: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, scores_NK: Tensor) -> None:
+        """Count the rows' best prototypes; the raw scores are counted because assignments are balanced by force."""
+        nearest_N = scores_NK.argmax(1)
+        if self._counts_K is None:
+            self._counts_K = torch.zeros(scores_NK.shape[1], dtype=torch.int64, device=scores_NK.device)
+        self._counts_K.scatter_add_(0, nearest_N, torch.ones_like(nearest_N))
+
+    def total(self) -> Tensor | None:
+        """Counts [K] over all ranks, int64 on the CPU; None before the first `add`."""
+        return None if self._counts_K is None else dist.all_reduce_(self._counts_K.clone()).cpu()
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+        if self._counts_K is not None:
+            self._counts_K.zero_()
+
+
+def perplexity(counts_K: Tensor) -> float:
+    """Effective number of prototypes in use: exp of the entropy of the counts."""
+    share_K = counts_K.double() / counts_K.sum().clamp_(min=1)
+    return math.exp(float(torch.special.entr(share_K).sum()))
+
+
+class Monitor:
+    """Computes the health numbers at logged steps and names a collapse once.
+
+    A run is called collapsed when, at `patience` logged steps in a row, the embeddings are (nearly) one direction or
+    the assignments say (nearly) nothing, while the loss sits at ln K, the loss of guessing.
+    """
+
+    def __init__(self, *, patience: int = 3) -> None:
+        self.patience = patience
+        self.verdict = ""
+        self._suspect = 0
+        self._window = Occupancy()
+        self._epoch = Occupancy()
+
+    def observe(self, seen: Observation) -> None:
+        """Every step: count prototypes."""
+        self._window.add(seen.scores_NK)
+        self._epoch.add(seen.scores_NK)
+
+    def measure(self, loss: float, seen: Observation) -> dict[str, float]:
+        """At a logged step: the numbers for metrics.jsonl; a collective call. May set and log `verdict`."""
+        counts_K = self._window.total()
+        assert counts_K is not None, "measure follows observe"
+        num_prototypes = counts_K.numel()
+        numbers = {
+            "ln_k": math.log(num_prototypes),
+            "entropy": entropy(seen.assignments_NK),
+            "perplexity": perplexity(counts_K),
+            "dead_share": float((counts_K == 0).double().mean()),
+            "feature_std": feature_std(seen.z_ND),
+            "rankme": rankme(seen.z_ND),
+        }
+        self._window.reset()
+        self._judge(loss, numbers)
+        return numbers
+
+    def epoch_occupancy(self) -> list[int]:
+        """Counts per prototype of the epoch that ends, over all ranks; begins the next."""
+        counts_K = self._epoch.total()
+        self._epoch.reset()
+        return [] if counts_K is None else counts_K.tolist()
+
+    def _judge(self, loss: float, numbers: dict[str, float]) -> None:
+        evidence = _evidence(loss, numbers)
+        self._suspect = self._suspect + 1 if evidence else 0
+        if self._suspect < self.patience or self.verdict:
+            return
+        self.verdict = (
+            f"collapse: {evidence}. Try a smaller --epsilon (0.03), a lower --base_lr or another --optimizer, "
+            "longer --freeze_prototypes_niters, softer augmentation, or a --queue_length when the batch is small"
+        )
+        logger.warning("%s", self.verdict)
+
+
+def _evidence(loss: float, numbers: dict[str, float]) -> str:
+    """What speaks for a collapse at this step, in words; empty when nothing does."""
+    ln_k = numbers["ln_k"]
+    found = []
+    if numbers["feature_std"] < 0.1:
+        found.append(f"embeddings are nearly equal (standard deviation {numbers['feature_std']:.3f} of 1)")
+    if numbers["rankme"] < 1.5:
+        found.append(f"embeddings span {numbers['rankme']:.1f} directions")
+    if numbers["entropy"] > 0.98 * ln_k:
+        found.append(f"assignments are nearly uniform (entropy {numbers['entropy']:.2f} of ln K = {ln_k:.2f})")
+    stuck = abs(loss - ln_k) < 0.02 * ln_k
+    return f"loss {loss:.3f} at ln K = {ln_k:.3f}, " + ", ".join(found) if found and stuck else ""

@@ -1,0 +1,112 @@
+"""Optimisers and the learning-rate schedule: LARS as SwAV was trained with, warm-up and cosine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled per parameter tensor by its norm (You et al. 2017, arXiv 1708.03888).
+
+    For each parameter p with gradient g and both norms non-zero:
+        g <- trust * ||p|| / (||g|| + wd ||p|| + eps) * (g + wd p)
+    and otherwise g stays as it is, without weight decay; then v <- momentum v + g, p <- p - lr v. This is what apex's
+    LARC (clip off) around torch's SGD computes, the optimiser of the published SwAV runs. All tensors of a dtype and
+    device are updated together by `torch._foreach` kernels, and nothing waits for the GPU.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        eps: float = 1e-8,
+    ) -> None:
+        """Args as in the formula above; `params` are tensors or groups with their own `lr` and `weight_decay`."""
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update; parameters without gradient keep their value and their momentum."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            tensors = [p for p in group["params"] if p.grad is not None]
+            kinds = {(p.device, p.dtype) for p in tensors}
+            for kind in sorted(kinds, key=str):
+                self._update([p for p in tensors if (p.device, p.dtype) == kind], group)
+        return loss
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads = [p.grad for p in params if p.grad is not None]
+        decay = group["weight_decay"]
+        param_norms, grad_norms = torch._foreach_norm(params), torch._foreach_norm(grads)
+        # One small tensor of all norms instead of a few kernels per parameter.
+        p_norm, g_norm = torch.stack(param_norms), torch.stack(grad_norms)
+        adapted = (p_norm != 0) & (g_norm != 0)
+        ratio = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + group["eps"])
+        scale = torch.where(adapted, ratio, torch.ones_like(ratio))
+        updates = torch._foreach_mul(grads, list(scale.unbind()))
+        if decay != 0:
+            decays = torch.where(adapted, ratio * decay, torch.zeros_like(ratio))
+            torch._foreach_add_(updates, torch._foreach_mul(params, list(decays.unbind())))
+        momenta = self._momenta(params)
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, updates)
+        torch._foreach_add_(params, momenta, alpha=-group["lr"])
+
+    def _momenta(self, params: list[Tensor]) -> list[Tensor]:
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return [self.state[p]["momentum_buffer"] for p in params]
+
+
+def build_optimizer(
+    params: Iterable[Any], name: str, lr: float, weight_decay: float, *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """The optimiser called `name`: "lars", "sgd" (momentum 0.9, no Nesterov) or "adamw" (betas 0.9, 0.999)."""
+    if name == "lars":
+        return LARS(params, lr, weight_decay=weight_decay)
+    if name == "sgd":
+        return torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay, foreach=True)
+    if name == "adamw":
+        return torch.optim.AdamW(params, lr, weight_decay=weight_decay, fused=fused or None)
+    raise ValueError(f"unknown optimiser {name!r}")
+
+
+def warmup_cosine(
+    step: int, *, steps_per_epoch: int, epochs: int, warmup_epochs: int, start: float, base: float, final: float
+) -> float:
+    """Learning rate of one optimiser step (SwAV, appendix A).
+
+    Linear from `start` to `base`, both included, over the warm-up's steps; then half a cosine from `base` towards
+    `final`: final + (base - final) / 2 * (1 + cos(pi t / T)), t counted from the end of the warm-up.
+
+    Args:
+        step: optimiser step from 0.
+        steps_per_epoch: steps of one epoch.
+        epochs: of the whole run, warm-up included.
+        warmup_epochs: of the linear part.
+        start: rate of the first step when there is a warm-up.
+        base: highest rate.
+        final: rate the cosine ends at.
+    """
+    warmup = steps_per_epoch * warmup_epochs
+    if step < warmup:
+        return start + (base - start) * step / (warmup - 1) if warmup > 1 else start
+    total = steps_per_epoch * (epochs - warmup_epochs)
+    return final + (base - final) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(total, 1)))

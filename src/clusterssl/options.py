@@ -1,0 +1,160 @@
+"""Flags that all pretraining scripts share, with SwAV's published names and defaults, and their settings for digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from clusterssl.config import Size, require
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images and crops."""
+
+    data_path: str = "/path/to/imagenet"
+    """folder of images (class folders or not), a .txt list of files, "digits" (built in) or "synthetic"; without this
+    flag the script trains on the digits with settings fit for them"""
+    nmb_crops: tuple[int, ...] = (2,)
+    """crops of each resolution, e.g. 2 6"""
+    size_crops: tuple[Size, ...] = (Size(224, 224),)
+    """size of the crops of each resolution in pixels, e.g. 224 96, or 224x112 for height x width"""
+    min_scale_crops: tuple[float, ...] = (0.14,)
+    """smallest area of the crops of each resolution, as a fraction of the image"""
+    max_scale_crops: tuple[float, ...] = (1.0,)
+    """largest area of the crops of each resolution, as a fraction of the image"""
+    color_jitter: float = 0.8
+    """strength s of the colour jitter: brightness, contrast and saturation s, hue s / 4"""
+    color_jitter_p: float = 0.8
+    """probability of the colour jitter"""
+    gray_p: float = 0.2
+    """probability of turning a crop grey"""
+    blur_p: float = 0.5
+    """probability of a Gaussian blur of radius 0.1 to 2 pixels"""
+    flip_p: float = 0.5
+    """probability of a horizontal flip"""
+    workers: int = 10
+    """loader processes per rank; at most the number of cores is used, 0 loads in the training process"""
+    max_bad_fraction: float = 0.01
+    """share of unreadable images above which the run stops; below, they are replaced and listed in bad_images.txt"""
+
+    def __post_init__(self) -> None:
+        lists = {
+            name: getattr(self, name) for name in ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
+        }
+        lengths = ", ".join(f"--{name} has {len(values)}" for name, values in lists.items())
+        require(
+            len({len(values) for values in lists.values()}) == 1,
+            f"{lengths}: the four lists need one value per resolution",
+        )
+        require(min(self.nmb_crops) > 0, f"--nmb_crops {self.nmb_crops}: every resolution needs at least one crop")
+        for low, high in zip(self.min_scale_crops, self.max_scale_crops, strict=True):
+            require(0 < low <= high <= 1, f"--min_scale_crops {low} --max_scale_crops {high}: need 0 < min <= max <= 1")
+        require(self.workers >= 0, f"--workers {self.workers}: must not be negative")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Network."""
+
+    arch: str = "resnet50"
+    """resnet18, 34, 50, 50w2, 50w4, 50w5, conv4 (tiny images), any torchvision classification model, or timm:NAME"""
+    stem: Literal["auto", "imagenet", "small"] = "auto"
+    """first layers of a ResNet: imagenet (7x7, stride 2, max-pool) or small (3x3); auto: small for crops up to 64 px"""
+    hidden_mlp: int = 2048
+    """hidden width of the projection head; 0: a single linear layer"""
+    feat_dim: int = 128
+    """dimension of the embedding"""
+    init: str = ""
+    """checkpoint (file or URL, published or own) to start the weights from"""
+    sync_bn: str = "pytorch"
+    """BatchNorm statistics over all ranks (pytorch), over groups of ranks (apex), or per rank (none)"""
+    syncbn_process_group_size: int = 8
+    """ranks per group with --sync_bn apex"""
+    use_fp16: bool = True
+    """mixed precision on GPUs"""
+    amp_dtype: Literal["bf16", "fp16"] = "bf16"
+    """number format of mixed precision; fp16 is used where the GPU has no bf16"""
+    channels_last: bool = True
+    """memory layout in which convolutions are fastest, on CPUs and on GPUs with mixed precision"""
+    compile: bool = False
+    """compile the backbone with torch.compile"""
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Optimisation."""
+
+    epochs: int = 100
+    """passes over the images"""
+    batch_size: int = 64
+    """images per rank and backward pass; a step sees batch_size x accumulate x ranks"""
+    accumulate: int = 1
+    """backward passes per step; assignments and queue see the whole step (costs one extra forward pass of it)"""
+    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
+    """lars is the published one"""
+    base_lr: float = 4.8
+    """highest learning rate; it is not scaled with the batch"""
+    final_lr: float = 0.0
+    """learning rate the cosine ends at"""
+    wd: float = 1e-6
+    """weight decay"""
+    warmup_epochs: int = 10
+    """epochs of linear warm-up"""
+    start_warmup: float = 0.0
+    """learning rate at the start of the warm-up"""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
+        require(
+            0 <= self.warmup_epochs <= self.epochs,
+            f"--warmup_epochs {self.warmup_epochs}: must lie between 0 and --epochs {self.epochs}",
+        )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Run directory, checkpoints, ranks."""
+
+    dump_path: str = "."
+    """run directory; the same command there resumes by itself"""
+    checkpoint_freq: int = 25
+    """epochs between two kept checkpoints under checkpoints/"""
+    checkpoint_minutes: float = 10.0
+    """minutes between two checkpoints inside an epoch (every epoch ends with one); 0: after every step"""
+    log_freq: int = 10
+    """steps between two records in metrics.jsonl"""
+    stop_on_collapse: bool = False
+    """end with exit code 2 when the monitor names a collapse, instead of only warning"""
+    seed: int = 31
+    """of weights, order, crops and augmentation"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one"""
+    dist_url: str = "env://"
+    """where ranks meet; env:// reads torchrun's or Slurm's variables"""
+    timeout_minutes: float = 30.0
+    """minutes after which a rank that waits for the others gives up"""
+    world_size: int = -1
+    """accepted and ignored: the launcher says it"""
+    rank: int = 0
+    """accepted and ignored: the launcher says it"""
+    local_rank: int = 0
+    """accepted and ignored: the launcher says it"""
+
+    def __post_init__(self) -> None:
+        require(self.log_freq > 0, f"--log_freq {self.log_freq}: must be at least 1")
+
+
+def num_views(data: DataOptions) -> int:
+    """Crops of one image."""
+    return sum(data.nmb_crops)
+
+
+DIGITS_DATA = DataOptions(
+    data_path="digits", size_crops=(Size(32, 32),), min_scale_crops=(0.6,), color_jitter_p=0.0, gray_p=0.0, blur_p=0.0,
+    flip_p=0.0, workers=0,
+)  # fmt: skip
+"""mild crops; digits have no colour, and a flipped digit is another one"""
+DIGITS_MODEL = ModelOptions(arch="conv4", hidden_mlp=128, feat_dim=32)
+DIGITS_OPTIM = OptimOptions(epochs=60, batch_size=100, optimizer="adamw", base_lr=3e-3, warmup_epochs=3)

@@ -1,0 +1,88 @@
+"""What a run shows while it trains: a bar on a terminal, a line now and then otherwise, and how fast it is."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from clusterssl.dist import World
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Speed, share of the time spent waiting for data, and time to go."""
+
+    def __init__(self, total: int, done: int, images_per_step: int, world: World) -> None:
+        """Args: optimiser steps in all and already done, images of a step over all ranks."""
+        self._total, self._images, self._main = total, images_per_step, world.is_main
+        self._start, self._first = time.monotonic(), done
+        self._since, self._since_step, self._waited = self._start, done, 0.0
+        self._shown = self._start
+        on_terminal = world.is_main and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if on_terminal else None
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Pass batches on and measure how long each was waited for."""
+        iterator = iter(batches)
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - began
+            yield batch
+            if self._bar is not None:
+                self._bar.update()
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Images per second over all ranks and share of the time waiting for data, since the last call."""
+        now = time.monotonic()
+        elapsed = max(now - self._since, 1e-9)
+        rates = {
+            "images_per_s": round((step - self._since_step) * self._images / elapsed, 1),
+            "data_wait": round(min(self._waited / elapsed, 1.0), 4),
+        }
+        self._since, self._since_step, self._waited = now, step, 0.0
+        return rates
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Show a logged record: on the bar, or as a line when the last one is some seconds ago or the run ends."""
+        if not self._main:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {record['loss']:.3f}, {record['images_per_s']:.0f} images/s, wait {record['data_wait']:.0%}"
+            )
+            return
+        now, step = time.monotonic(), record["step"]
+        if now - self._shown < _SECONDS_BETWEEN_LINES and step < self._total:
+            return
+        self._shown = now
+        left = (now - self._start) / max(step - self._first, 1) * (self._total - step)
+        logger.info(
+            "epoch %d, step %d/%d, loss %.4f (ln K %.3f), lr %.3g, %.0f images/s, waiting for data %.0f %%, %s to go",
+            record["epoch"], step, self._total, record["loss"], record.get("ln_k", float("nan")), record["lr"],
+            record["images_per_s"], 100 * record["data_wait"], _duration(left),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Leave the terminal tidy."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,0 +1,286 @@
+"""The run directory: what a run is, what it measured, and checkpoints that are whole or absent.
+
+run.json                       command, configuration, versions, commit of the first start
+launches.jsonl                 one record per start
+metrics.jsonl                  append-only; after a resume, steps may occur twice and the last one counts
+train.log                      what the screen showed
+checkpoint.pth.tar             shared state, written last; checkpoint.previous.pth.tar is the one before
+checkpoint.step<n>.rank<r>-of-<w>.pth   state that is split over ranks
+checkpoints/ckp-<epoch>.pth    kept copies
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from clusterssl import dist
+from clusterssl.dist import World
+from clusterssl.errors import UserError
+from clusterssl.files import atomic_write, first_line, read_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+CURRENT = "checkpoint.pth.tar"
+PREVIOUS = "checkpoint.previous.pth.tar"
+
+
+class Run:
+    """One run directory, opened by all ranks; rank 0 writes what is shared."""
+
+    def __init__(self, folder: str | Path, world: World) -> None:
+        """Name the directory; nothing is read or written before `open`."""
+        self.folder = Path(folder)
+        self.world = world
+        self._metrics: IO[str] | None = None
+
+    def open(self, method: str, config: dict[str, Any], facts: dict[str, Any], fixed: frozenset[str]) -> None:
+        """Check that the directory is this run's or free, then record this start.
+
+        Args:
+            method: name of the method, e.g. "swav".
+            config: flags and values.
+            facts: derived values that a resume must find again, e.g. {"global_batch": 256, "num_images": 5000}.
+            fixed: flags that must not differ from those of the first start.
+
+        Raises:
+            UserError: the directory holds a run of another method or of incompatible flags, or cannot be written.
+        """
+        problem, changed = "", []
+        if self.world.is_main:
+            try:
+                changed = self._check(method, config, facts, fixed)
+                self._record_start(method, config, facts)
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"--dump_path {self.folder}: cannot be written ({first_line(error)}); choose another folder"
+        problem = dist.broadcast_object(problem)
+        if problem:
+            raise UserError(problem)
+        _log_to(self.folder / "train.log", self.world)
+        for line in changed:
+            logger.info("%s", line)
+
+    def _check(self, method: str, config: dict[str, Any], facts: dict[str, Any], fixed: frozenset[str]) -> list[str]:
+        """Refuse what does not fit; returns what differs and may."""
+        record = self.folder / "run.json"
+        if not record.exists():
+            if (self.folder / CURRENT).exists():
+                raise UserError(
+                    f"--dump_path {self.folder}: holds a {CURRENT} but no run.json, so it is not a run of ours; "
+                    "choose another folder, or start from its weights with --init"
+                )
+            return []
+        try:
+            before = json.loads(record.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{record}: damaged ({first_line(error)}); choose another --dump_path") from error
+        if before["method"] != method:
+            raise UserError(
+                f"--dump_path {self.folder}: holds a run of {before['method']}, not {method}; choose another folder"
+            )
+        old = {**before["config"], **before["facts"]}
+        new = {**config, **facts}
+        differing = [key for key in new if key in old and old[key] != new[key]]
+        refused = [key for key in differing if key in fixed or key in facts]
+        if refused:
+            difference = ", ".join(f"{key} was {old[key]} and is now {new[key]}" for key in refused)
+            raise UserError(f"--dump_path {self.folder}: holds another run ({difference}); choose another folder")
+        return [f"--{key} differs from the first start: was {old[key]}, is now {new[key]}" for key in differing]
+
+    def _record_start(self, method: str, config: dict[str, Any], facts: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start = {
+            "time": time.time(),
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "host": socket.gethostname(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "world_size": self.world.size,
+            "launcher": self.world.launcher,
+            "device": _device_name(self.world.device),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "git": _git(),
+        }
+        if not (self.folder / "run.json").exists():
+            record = {"method": method, "config": config, "facts": facts, "argv": sys.argv, **start}
+            text = json.dumps(record, indent=1) + "\n"
+            atomic_write(self.folder / "run.json", lambda file: file.write(text.encode()))
+        with (self.folder / "launches.jsonl").open("a") as file:
+            file.write(json.dumps(start) + "\n")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record to metrics.jsonl (rank 0)."""
+        if not self.world.is_main:
+            return
+        if self._metrics is None:
+            path = self.folder / "metrics.jsonl"
+            torn = _ends_within_line(path)
+            self._metrics = path.open("a")
+            if torn:  # a kill may have cut the last line; ours must not be glued to it
+                self._metrics.write("\n")
+        self._metrics.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        self._metrics.flush()
+
+    def save(self, shared: dict[str, Any], sharded: dict[str, Tensor], *, step: int, keep_as: str = "") -> None:
+        """Write a checkpoint: the ranks' shards first, the shared file last, the one before kept.
+
+        Args:
+            shared: equal on all ranks (rank 0's is written): tensors and plain values.
+            sharded: tensors whose rows (dimension 0), in rank order, make up one global tensor.
+            step: optimiser steps done.
+            keep_as: also keep it under checkpoints/ by this name.
+
+        Raises:
+            UserError: a file could not be written; the checkpoint before is intact.
+        """
+        problem = ""
+        try:
+            if sharded:
+                save_checkpoint(sharded, self._shard(step, self.world.rank, self.world.size))
+        except UserError as error:
+            problem = str(error)
+        self._agree(problem)
+        if self.world.is_main:
+            try:
+                state = {**shared, "step": step, "shards": self.world.size if sharded else 0}
+                save_checkpoint(state, self.folder / CURRENT, keep_previous_as=self.folder / PREVIOUS)
+                if keep_as:
+                    self._keep(keep_as)
+                self._prune(step)
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{self.folder}: {first_line(error)}; the checkpoint before is intact"
+        self._agree(problem)
+
+    def _agree(self, problem: str) -> None:
+        """Raise on all ranks what went wrong on any."""
+        if self.world.size > 1:
+            problems: list[Any] = [None] * self.world.size
+            torch_dist.all_gather_object(problems, problem)
+            problem = next((text for text in problems if text), "")
+        if problem:
+            raise UserError(problem)
+
+    def _shard(self, step: int, rank: int, size: int) -> Path:
+        return self.folder / f"checkpoint.step{step}.rank{rank}-of-{size}.pth"
+
+    def _keep(self, name: str) -> None:
+        folder = self.folder / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        link = folder / f".{name}.tmp"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(self.folder / CURRENT, link)  # no copy: the current file is only ever replaced, never rewritten
+        except OSError:
+            link.write_bytes((self.folder / CURRENT).read_bytes())
+        link.replace(folder / name)
+
+    def _prune(self, step: int) -> None:
+        """Remove shards that neither the current nor the previous checkpoint needs."""
+        steps = sorted({int(path.name.split(".")[1][4:]) for path in self.folder.glob("checkpoint.step*.rank*.pth")})
+        for old in [number for number in steps if number < step][:-1]:
+            for path in self.folder.glob(f"checkpoint.step{old}.rank*.pth"):
+                path.unlink(missing_ok=True)
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest readable checkpoint with this rank's rows of its sharded tensors under "sharded", or None.
+
+        Raises:
+            UserError: there are checkpoints but none is readable; nothing is started anew over them.
+        """
+        found: tuple[str, str] = ("", "")
+        if self.world.is_main:
+            found = self._newest_readable()
+        name, problem = dist.broadcast_object(found)
+        if problem:
+            raise UserError(problem)
+        return self._read(self.folder / name) if name else None
+
+    def _newest_readable(self) -> tuple[str, str]:
+        problems = []
+        for name in (CURRENT, PREVIOUS):
+            if not (self.folder / name).exists():
+                continue
+            try:
+                self._read(self.folder / name)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                logger.warning("%s; falling back to %s", problems[0], name)
+            return name, ""
+        if problems:
+            return "", f"{problems[0]}; there is no older checkpoint, remove the file to start from the beginning"
+        return "", ""
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        state = read_checkpoint(path)
+        if "step" not in state or "shards" not in state:
+            raise UserError(f"{path}: a checkpoint of another program; use --init to start from its weights")
+        parts = [read_checkpoint(self._shard(state["step"], rank, state["shards"])) for rank in range(state["shards"])]
+        state["sharded"] = {}
+        for name in parts[0] if parts else ():
+            rows = torch.cat([part[name] for part in parts])
+            each = rows.shape[0] // self.world.size
+            state["sharded"][name] = rows[self.world.rank * each : (self.world.rank + 1) * each]
+        return state
+
+    def close(self) -> None:
+        """Close the metrics file."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+
+def _ends_within_line(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the code that runs and whether it was changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"sha": sha.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
+
+
+def _log_to(path: Path, world: World) -> None:
+    """Rank 0 writes everything to the screen and to train.log; other ranks only warnings, with their rank."""
+    package = logging.getLogger("clusterssl")
+    for handler in list(package.handlers):
+        package.removeHandler(handler)
+    package.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    package.propagate = False
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setFormatter(logging.Formatter("%(message)s" if world.is_main else f"rank {world.rank}: %(message)s"))
+    package.addHandler(screen)
+    if world.is_main:
+        file = logging.FileHandler(path)
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        package.addHandler(file)

@@ -1,0 +1,83 @@
+"""Golden networks: the weight-filling rule of the golden vectors in numpy, independent of the package."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+
+
+@functools.cache
+def networks() -> dict[str, Any]:
+    """Arrays of networks_forward.npz."""
+    with np.load(GOLDEN / "networks_forward.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files if name.startswith(("swav", "dcv2"))}
+
+
+@functools.cache
+def published_names() -> dict[str, dict[str, str]]:
+    """Names and shapes ("64x3x7x7") of the published files."""
+    tables: dict[str, dict[str, str]] = json.loads((GOLDEN / "published_names.json").read_text())
+    return tables
+
+
+def uniform(key: str, n: int) -> np.ndarray:
+    """n numbers in [0, 1): splitmix64 of crc32(key) * 2^32 + i."""
+    with np.errstate(over="ignore"):
+        z = np.arange(n, dtype=np.uint64) + np.uint64(zlib.crc32(key.encode()) << 32)
+        z += np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def signed(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers in [-1, 1) in C order of the tensor."""
+    return (2 * uniform(key, int(np.prod(shape))) - 1).reshape(shape)
+
+
+def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Float64 state dict by the rule; keys are the published flat names without "module."."""
+    return {key: torch.from_numpy(_fill(key, shape)) for key, shape in shapes.items()}
+
+
+def _fill(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    if key.endswith("num_batches_tracked"):
+        return np.zeros(shape, dtype=np.int64)
+    s = signed(key, shape)
+    if key.endswith("running_mean"):
+        return 0.1 * s
+    if key.endswith("running_var"):
+        return 1.25 + 0.25 * s
+    if len(shape) >= 2:
+        return s * np.sqrt(6 / (s.size / shape[0]))
+    return 1 + 0.1 * s if key.endswith("weight") else 0.1 * s
+
+
+def fill_sha256(state: dict[str, Tensor]) -> str:
+    """Hash over sorted keys: key bytes, then the values as float64 bytes."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(key.encode())
+        digest.update(state[key].numpy().astype(np.float64).tobytes())
+    return digest.hexdigest()
+
+
+def images(name: str, *shape: int) -> Tensor:
+    """Golden input of that name, float64."""
+    return torch.from_numpy(signed(f"input:{name}", shape))
+
+
+def shapes_of(state: dict[str, Tensor]) -> dict[str, str]:
+    """Names without "module." and shapes as in `published_names`."""
+    return {name.removeprefix("module."): "x".join(map(str, tensor.shape)) for name, tensor in state.items()}

@@ -1,0 +1,1 @@
+"""Evaluations of frozen features: nearest neighbours, linear classifiers, clusters. All shares are in percent."""

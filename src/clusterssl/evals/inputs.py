@@ -1,0 +1,234 @@
+"""What the evaluation scripts share: flags, the network to evaluate, the data, the record of the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from clusterssl import dist
+from clusterssl.config import gives, require
+from clusterssl.data import open_source
+from clusterssl.data.source import Source
+from clusterssl.dist import World
+from clusterssl.errors import UserError
+from clusterssl.files import first_line
+from clusterssl.models.build import build_backbone, resolve_stem
+from clusterssl.models.identify import describe
+from clusterssl.models.weights import load_backbone_state, read_weights
+
+logger = logging.getLogger(__name__)
+
+NO_DATA = "/path/to/imagenet"
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Network to evaluate."""
+
+    pretrained: str = ""
+    """checkpoint (file or URL, own or published) of the network; without one it is evaluated untrained"""
+    arch: str = "resnet50"
+    """architecture; without this flag the one that the checkpoint names or shows"""
+    stem: Literal["auto", "imagenet", "small"] = "auto"
+    """first layers of a ResNet; auto: those of the checkpoint, else small up to 64 px"""
+    image_size: int = 0
+    """side of the crops in pixels; 0: the largest crop of the checkpoint's own run if it says, else 224 (digits: 32)"""
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 0, f"--image_size {self.image_size}: must not be negative")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images."""
+
+    data_path: str = NO_DATA
+    """folder with train/ and val/, each of class folders; or "digits" (built in), or "synthetic" """
+    val_split: str = "val"
+    """what the classifier is tested on: a folder beside train/, or a split of the digits (val, test)"""
+    workers: int = 10
+    """loader processes per rank; at most the number of cores is used, 0 loads in this process"""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, f"--workers {self.workers}: must not be negative")
+
+    @property
+    def usable_workers(self) -> int:
+        """Loader processes that the machine has cores for; none for images that are in memory already."""
+        in_memory = self.data_path.split(":")[0] in ("digits", "synthetic")
+        return 0 if in_memory else min(self.workers, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """Ranks and device."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one"""
+    dist_url: str = "env://"
+    """where ranks meet; env:// reads torchrun's or Slurm's variables"""
+    world_size: int = -1
+    """accepted and ignored: the launcher says it"""
+    rank: int = 0
+    """accepted and ignored: the launcher says it"""
+    local_rank: int = 0
+    """accepted and ignored: the launcher says it"""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone ready to evaluate."""
+
+    backbone: nn.Module
+    arch: str
+    stem: str
+    image_size: tuple[int, int]
+    fingerprint: str
+    """of all weights and statistics, to recognise the same network"""
+
+
+def open_network(
+    options: NetworkOptions, *, data_path: str, seed: int, argv: Sequence[str] | None = None
+) -> Network:  # fmt: skip
+    """Build the backbone and load its weights, strictly.
+
+    Args:
+        options: flags.
+        data_path: for the image size, where nothing else tells it.
+        seed: of the weights, when there is no checkpoint.
+        argv: command line, that of this process when None; --arch and --stem give way to what the checkpoint says
+            unless it sets them.
+
+    Raises:
+        UserError: unreadable or unfitting checkpoint, unknown architecture, or a flag that contradicts the checkpoint.
+    """
+    state, meta = read_weights(options.pretrained) if options.pretrained else ({}, {})
+    look = describe(state, meta) if state else None
+    given = {name for name in ("arch", "stem") if gives(argv, name)}
+    arch = _agreed("arch", options.arch, look.arch if look else None, given, meta, options.pretrained)
+    side = options.image_size or (32 if data_path == "digits" else 224)
+    image_size = (side, side)
+    if not options.image_size and meta.get("size_crops"):
+        height, width = max(meta["size_crops"], key=lambda size: size[0] * size[1])
+        image_size = (int(height), int(width))
+    fallback = resolve_stem(options.stem, max(image_size))
+    stem = _agreed("stem", fallback, look.stem if look else None, given, meta, options.pretrained)
+    torch.manual_seed(seed)
+    backbone = build_backbone(arch, stem)
+    if state:
+        load_backbone_state(backbone, state, options.pretrained)
+    elif dist.rank() == 0:
+        logger.warning("warning: no --pretrained, the network is untrained: %s with random weights", arch)
+    logger.info("%s with %s stem, images of %dx%d", arch, stem, *image_size)
+    backbone.requires_grad_(False)
+    return Network(backbone, arch, stem, image_size, fingerprint(backbone))
+
+
+def _agreed(
+    flag: str, value: str, seen: str | None, given: Collection[str], meta: dict[str, Any], path: str
+) -> str:  # fmt: skip
+    """The flag's value, or what the checkpoint says where the flag is not given."""
+    explicit = flag in given and value != "auto"
+    if explicit or seen is None:
+        if flag in meta and meta[flag] != value:
+            raise UserError(f"--{flag} {value}: {path} was trained with {flag} {meta[flag]}; leave the flag away")
+        return value
+    if seen != value:
+        logger.info("--%s %s: taken from %s", flag, seen, path)
+    return seen
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
+    return digest.hexdigest()[:16]
+
+
+def open_splits(options: DataOptions) -> tuple[Source, Source]:
+    """Labelled training images and images to test on, with classes numbered alike.
+
+    Raises:
+        UserError: missing or unlabelled data, or classes to test on that were not trained on.
+    """
+    if options.data_path == NO_DATA:
+        raise UserError("--data_path: name the folder that holds train/ and val/, or digits for the built-in images")
+    train, val = (open_source(options.data_path, split=split) for split in ("train", options.val_split))
+    for split, source in (("train", train), (options.val_split, val)):
+        if not source.classes or int(source.labels.min()) < 0:
+            raise UserError(f"{options.data_path}: {split} has no labels; sort its images into one folder per class")
+    numbers = {name: number for number, name in enumerate(train.classes)}
+    foreign = [name for name in val.classes if name not in numbers]
+    if foreign:
+        raise UserError(
+            f"{options.data_path}: {len(foreign)} classes of {options.val_split} are not in train (first: {foreign[0]})"
+        )
+    val.labels = np.array([numbers[name] for name in val.classes], dtype=np.int64)[val.labels]
+    val.classes = list(train.classes)
+    return train, val
+
+
+def append_evaluation(
+    folder: str | Path, kind: str, numbers: dict[str, Any], network: Network, options: NetworkOptions, data: DataOptions
+) -> None:  # fmt: skip
+    """Append one record to evaluations.jsonl (rank 0), unless the file holds the same result already.
+
+    Args:
+        folder: where the file is.
+        kind: of the evaluation: "knn", "linear".
+        numbers: result, e.g. {"k": 20, "top1": 95.0, "top5": 99.0}.
+        network, options, data: what was evaluated.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if dist.rank():
+        return
+    record = {
+        "eval": kind, **numbers, "pretrained": options.pretrained, "arch": network.arch, "stem": network.stem,
+        "image_size": list(network.image_size), "network": network.fingerprint, "data_path": data.data_path,
+        "split": data.val_split,
+    }  # fmt: skip
+    path = Path(folder) / "evaluations.jsonl"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text() if path.exists() else ""
+        if record in [_untimed(line) for line in text.splitlines()]:
+            return
+        torn = "\n" if text and not text.endswith("\n") else ""
+        with path.open("a") as file:
+            file.write(torn + json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: could not be written ({first_line(error)})") from error
+
+
+def _untimed(line: str) -> dict[str, Any]:
+    try:
+        return {key: value for key, value in json.loads(line).items() if key != "time"}
+    except (ValueError, AttributeError):  # a line cut short by a kill
+        return {}
+
+
+def log_to_screen(world: World) -> None:
+    """Rank 0 writes all lines of the package to the screen, other ranks only warnings."""
+    package = logging.getLogger("clusterssl")
+    package.handlers.clear()
+    package.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    package.propagate = False
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setFormatter(logging.Formatter("%(message)s" if world.is_main else f"rank {world.rank}: %(message)s"))
+    package.addHandler(screen)

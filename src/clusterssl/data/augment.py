@@ -29,10 +29,12 @@ STD = (0.228, 0.224, 0.225)
 _CHUNK_ELEMENTS = {"cpu": 2**18, "other": 2**26}  # what stays in a core's cache; what bounds a GPU's working memory
 
 
-def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """uint8 [N, 3, H, W], or float in 0..255, -> float32, (x / 255 - mean) / std."""
+def normalize(
+    images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, *, white: float = 255.0
+) -> Tensor:
+    """Images [N, 3, H, W] with values in 0..white -> float32, (x / white - mean) / std."""
     x = images.to(torch.float32, memory_format=torch.contiguous_format)
-    scale = to_device(1 / (255 * np.asarray(std, dtype=np.float64)), x.device).float()
+    scale = to_device(1 / (white * np.asarray(std, dtype=np.float64)), x.device).float()
     bias = to_device(-np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64), x.device).float()
     return torch.addcmul(bias[:, None, None], x, scale[:, None, None])
 
@@ -89,7 +91,7 @@ class Augment(nn.Module):
         x_N3HW = replace_rows(x_N3HW, grey, lambda x: luma(x).repeat(1, 3, 1, 1))
         x_N3HW = replace_rows(x_N3HW, blurred, partial(gaussian_blur, radius_N=params_NP[blurred, Param.SIGMA]))
         x_N3HW = replace_rows(x_N3HW, solarized, solarize)
-        return normalize(x_N3HW, self.mean, [s / 255 for s in self.std])
+        return normalize(x_N3HW, self.mean, self.std, white=1.0)
 
 
 def _chunks(x_N3HW: Tensor) -> Iterator[slice]:

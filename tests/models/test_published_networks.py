@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from clusterssl.models.build import MultiCropNet, build_model
+from clusterssl.models.identify import Look, describe
 from clusterssl.models.weights import flat_state_dict, load_published, published_state_dict
 from tests.models.golden import fill_sha256, filled, images, networks, published_names, shapes_of
 
@@ -25,6 +26,14 @@ def model_of(name: str) -> MultiCropNet:
     arch, hidden, dim, number, head_bn = PUBLISHED[name]
     with torch.device("meta"):
         return build_model(arch, "imagenet", hidden, dim, number, head_bn)
+
+
+def published_table(name: str) -> dict[str, torch.Tensor]:
+    """Empty tensors of the published names and shapes."""
+    return {
+        key: torch.empty([int(n) for n in shape.split("x")] if shape else [], device="meta")
+        for key, shape in published_names()[name].items()
+    }
 
 
 def fill(model: MultiCropNet) -> MultiCropNet:
@@ -60,11 +69,14 @@ def test_names_shapes_and_order_equal_the_published_file(name: str) -> None:
 @pytest.mark.parametrize("prefix", ["module.", ""])
 def test_published_table_loads_strictly(name: str, prefix: str) -> None:
     model = model_of(name)
-    table = {
-        prefix + key: torch.empty([int(n) for n in shape.split("x")] if shape else [], device="meta")
-        for key, shape in published_names()[name].items()
-    }
+    table = {prefix + key: tensor for key, tensor in published_table(name).items()}
     load_published(model, table)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_table_tells_its_network(name: str) -> None:
+    arch, hidden, dim, number, head_bn = PUBLISHED[name]
+    assert describe(published_table(name)) == Look(arch, "imagenet", hidden, dim, number, head_bn)
 
 
 def test_filling_rule_is_the_published_one(swav: MultiCropNet) -> None:

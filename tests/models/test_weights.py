@@ -29,9 +29,15 @@ from clusterssl.models.weights import (
 
 
 def tiny(
-    number: int | tuple[int, ...] = 5, *, arch: str = "conv4w8", hidden: int = 12, dim: int = 6, bn: bool = True
+    number: int | tuple[int, ...] = 5,
+    *,
+    arch: str = "conv4w8",
+    stem: str = "imagenet",
+    hidden: int = 12,
+    dim: int = 6,
+    bn: bool = True,
 ) -> MultiCropNet:
-    return build_model(arch, "small" if arch.startswith("conv4") else "imagenet", hidden, dim, number, bn)
+    return build_model(arch, stem, hidden, dim, number, bn)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -80,6 +86,7 @@ def test_every_layout_reads_the_same(layout: str, zipped: bool, tmp_path: Path) 
         {"dim": 0},
         {"arch": "conv4"},
         {"arch": "resnet18"},
+        {"arch": "resnet18", "stem": "small"},
         {"arch": "resnet34", "bn": False},
     ],
     ids=str,
@@ -90,6 +97,7 @@ def test_the_file_decides_the_network(shape: dict[str, Any], tmp_path: Path) -> 
     again = model_from_weights(str(tmp_path / "weights.pth"))
     assert same(published_state_dict(again), published_state_dict(model))
     assert again.backbone.arch_name == model.backbone.arch_name
+    assert again.backbone.stem_name == model.backbone.stem_name
     alone = backbone_from_weights(str(tmp_path / "weights.pth"))
     assert same(alone.state_dict(), model.backbone.state_dict())
 

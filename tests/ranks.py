@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import traceback
@@ -32,7 +33,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     failures = [f"rank {rank}:\n{value[1]}" for rank, value in sorted(answers.items()) if value[0] == "error"]
     if failures:
         raise AssertionError("\n".join(failures))
-    return [answers[rank][1] for rank in range(world_size)]
+    return [torch.load(io.BytesIO(answers[rank][1]), weights_only=False) for rank in range(world_size)]
 
 
 def _child(
@@ -42,7 +43,9 @@ def _child(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
         torch_dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-        results.put((rank, ("ok", fn(rank, world_size, *args))))
+        packed = io.BytesIO()  # plain bytes: shared tensors would vanish with this process
+        torch.save(fn(rank, world_size, *args), packed)
+        results.put((rank, ("ok", packed.getvalue())))
         torch_dist.barrier()
         torch_dist.destroy_process_group()
     except BaseException:

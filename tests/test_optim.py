@@ -69,7 +69,10 @@ def test_lars_equals_timm() -> None:
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("case", [key[:-7] for key in SCHEDULES.names() if key.startswith("swav_") and "_params" in key])
+SWAV_CASES = [key[: -len("_params")] for key in SCHEDULES.names() if key.startswith("swav_") and "_params" in key]
+
+
+@pytest.mark.parametrize("case", SWAV_CASES)
 def test_schedule_equals_the_published_one(case: str) -> None:
     given = SCHEDULES.params(case)
     for step, expected in zip(SCHEDULES[f"{case}_index"], SCHEDULES[f"{case}_lr"], strict=True):

@@ -20,7 +20,7 @@ from clusterssl.config import command, gives, plain
 from clusterssl.data import Augment, Loader, MultiCrop, open_source
 from clusterssl.dist import World
 from clusterssl.engine import Method, Parts, Precision, Schedule, distribute
-from clusterssl.models.build import MultiCropNet, build_model, resolve_stem
+from clusterssl.models.build import MultiCropNet, build_model, check_crop_sizes, resolve_stem
 from clusterssl.models.weights import init_model
 from clusterssl.optim import build_optimizer, warmup_cosine
 from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, num_views
@@ -137,6 +137,7 @@ def _model(config: PretrainConfig, nmb_prototypes: int | tuple[int, ...], world:
     options = config.model
     stem = resolve_stem(options.stem, max(max(size) for size in config.data.size_crops))
     model = build_model(options.arch, stem, options.hidden_mlp, options.feat_dim, nmb_prototypes)
+    check_crop_sizes(model.backbone, config.data.size_crops)
     if options.init:
         init_model(model, options.init)
     model.to(world.device)

@@ -94,10 +94,9 @@ class Protocol:
             "features computed once, no augmentation" if self.in_memory else "random crops and flips in every epoch",
             len(self.chosen), optim.batch_size * self.world.size, optim.lr,
         )  # fmt: skip
-        shape, use_bn = self.val[0].shape[1:], self.config.classifier.use_bn
-        self.classifier = heads.LinearClassifier(shape, classes, use_bn=use_bn, seed=self.config.seed).to(
-            self.world.device
-        )
+        shape, classes, options = self.val[0].shape[1:], len(self.source.classes), self.config.classifier
+        classifier = heads.LinearClassifier(shape, classes, use_bn=options.use_bn, seed=self.config.seed)
+        self.classifier = classifier.to(self.world.device)
         self.optimizer = optim.optimizer(self.classifier)
 
     def features(

@@ -89,4 +89,4 @@ def _loader(run: RunRecord) -> Remark | None:
 def _starts(run: RunRecord) -> Remark | None:
     if len(run.launches) < 2:
         return None
-    return Remark("note", f"The run was started {len(run.launches)} times and went on from its checkpoint.")
+    return Remark("note", f"The run was started {len(run.launches)} times, each time going on from its checkpoint.")

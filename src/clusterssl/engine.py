@@ -167,11 +167,15 @@ class _Training:
         for batches in self.progress.timed(self.parts.loader.epoch(epoch, start)):
             self.one_step(batches)
             last = self.step % self.steps_per_epoch == 0
-            if last or self.step % self.parts.schedule.log_freq == 0:
+            if last or self.step % self.log_every() == 0:
                 self.log(epoch)
             if last:
                 self.end_epoch(epoch)
             self.save_or_stop()
+
+    def log_every(self) -> int:
+        """Steps between two records; closer at the start, where runs go wrong."""
+        return min(self.parts.schedule.log_freq, 5) if self.step <= 100 else self.parts.schedule.log_freq
 
     def one_step(self, batches: list[Batch]) -> None:
         parts = self.parts

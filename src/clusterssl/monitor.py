@@ -87,14 +87,18 @@ def perplexity(counts_K: Tensor) -> float:
 class Monitor:
     """Computes the health numbers at logged steps and names a collapse once.
 
-    A run is called collapsed when, at `patience` logged steps in a row, the embeddings are (nearly) one direction or
-    the assignments say (nearly) nothing, while the loss sits at ln K, the loss of guessing.
+    A run is called collapsed when, at `patience` logged steps in a row, its loss sits at ln K, the loss of guessing,
+    and the embeddings are (nearly) one direction, or the assignments say (nearly) nothing or ever less than at the
+    first logged step, and do not get any sharper. Untrained networks begin at an entropy of about 0.85 ln K with
+    epsilon 0.05 and 0.67 ln K with 0.03; learning lowers it, collapsing raises it.
     """
 
     def __init__(self, *, patience: int = 3) -> None:
         self.patience = patience
         self.verdict = ""
         self._suspect = 0
+        self._first_suspected = 0.0
+        self._untrained: float | None = None
         self._window = Occupancy()
         self._epoch = Occupancy()
 
@@ -127,8 +131,15 @@ class Monitor:
         return [] if counts_K is None else counts_K.tolist()
 
     def _judge(self, loss: float, numbers: dict[str, float]) -> None:
-        evidence = _evidence(loss, numbers)
-        self._suspect = self._suspect + 1 if evidence else 0
+        if self._untrained is None:
+            self._untrained = numbers["entropy"]
+        evidence = _evidence(loss, numbers, self._untrained)
+        recovering = self._suspect > 0 and numbers["entropy"] < self._first_suspected - 0.01 * numbers["ln_k"]
+        if not evidence or recovering:
+            self._suspect = 0
+        if evidence and self._suspect == 0:
+            self._first_suspected = numbers["entropy"]
+        self._suspect += bool(evidence)
         if self._suspect < self.patience or self.verdict:
             return
         self.verdict = (
@@ -138,7 +149,7 @@ class Monitor:
         logger.warning("%s", self.verdict)
 
 
-def _evidence(loss: float, numbers: dict[str, float]) -> str:
+def _evidence(loss: float, numbers: dict[str, float], untrained: float) -> str:
     """What speaks for a collapse at this step, in words; empty when nothing does."""
     ln_k = numbers["ln_k"]
     found = []
@@ -146,7 +157,11 @@ def _evidence(loss: float, numbers: dict[str, float]) -> str:
         found.append(f"embeddings are nearly equal (standard deviation {numbers['feature_std']:.3f} of 1)")
     if numbers["rankme"] < 1.5:
         found.append(f"embeddings span {numbers['rankme']:.1f} directions")
-    if numbers["entropy"] > 0.98 * ln_k:
+    if numbers["entropy"] > 0.95 * ln_k:
         found.append(f"assignments are nearly uniform (entropy {numbers['entropy']:.2f} of ln K = {ln_k:.2f})")
+    elif numbers["entropy"] > max(0.88 * ln_k, untrained + 0.04 * ln_k):
+        found.append(
+            f"assignments grow uniform (entropy {untrained:.2f} -> {numbers['entropy']:.2f}, ln K = {ln_k:.2f})"
+        )
     stuck = abs(loss - ln_k) < 0.02 * ln_k
     return f"loss {loss:.3f} at ln K = {ln_k:.3f}, " + ", ".join(found) if found and stuck else ""

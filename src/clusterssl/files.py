@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,7 @@ import torch
 from clusterssl.errors import UserError
 
 
-def atomic_write(path: Path, write: Callable[[IO[bytes]], None], *, keep_previous_as: Path | None = None) -> None:
+def atomic_write(path: Path, write: Callable[[IO[bytes]], Any], *, keep_previous_as: Path | None = None) -> None:
     """Write a file so that a crash, a kill or a full disk leaves the old one or the new one, never a torn one.
 
     Args:
@@ -81,7 +82,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file; check the path")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on old or foreign pickle protocols help nobody
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, {_why_refused(error)}") from error
     except Exception as error:  # a damaged file can fail anywhere inside the reader

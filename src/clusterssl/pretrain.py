@@ -24,7 +24,7 @@ from clusterssl.models.build import MultiCropNet, build_model, check_crop_sizes,
 from clusterssl.models.weights import init_model
 from clusterssl.optim import build_optimizer, warmup_cosine
 from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, num_views
-from clusterssl.run import Run
+from clusterssl.run import Run, log_to_screen
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,9 @@ def or_digits(published: C, digits: C, argv: Sequence[str] | None = None) -> C:
 def join(run: RunOptions) -> World:
     """Join the other ranks as the flags say."""
     keep_freed_memory()
-    return dist.join(device=run.device, dist_url=run.dist_url, timeout_s=60 * run.timeout_minutes)
+    world = dist.join(device=run.device, dist_url=run.dist_url, timeout_s=60 * run.timeout_minutes)
+    log_to_screen(world)
+    return world
 
 
 def keep_freed_memory() -> None:

@@ -270,8 +270,8 @@ def _git() -> dict[str, Any] | None:
     return {"sha": sha.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
 
 
-def _log_to(path: Path, world: World) -> None:
-    """Rank 0 writes everything to the screen and to train.log; other ranks only warnings, with their rank."""
+def log_to_screen(world: World) -> logging.Logger:
+    """Rank 0 shows everything, other ranks only warnings, with their rank; returns the package's logger."""
     package = logging.getLogger("clusterssl")
     for handler in list(package.handlers):
         package.removeHandler(handler)
@@ -280,6 +280,11 @@ def _log_to(path: Path, world: World) -> None:
     screen = logging.StreamHandler(sys.stdout)
     screen.setFormatter(logging.Formatter("%(message)s" if world.is_main else f"rank {world.rank}: %(message)s"))
     package.addHandler(screen)
+    return package
+
+
+def _log_to(path: Path, world: World) -> None:
+    package = log_to_screen(world)
     if world.is_main:
         file = logging.FileHandler(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

@@ -66,15 +66,18 @@ class BadImages:
             )
 
     def _write(self, entries: list[tuple[str, str]]) -> None:
-        with self._locked():
-            self._read()
-            entries = [entry for entry in entries if entry[0] not in self._names]
-            for name, reason in entries:
-                logger.warning("unreadable image replaced by its neighbour: %s: %s", name, reason)
-                self._names.add(name)
-            if self.path is not None and entries:
-                with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
-                    file.write("".join(f"{name}\t{reason}\n" for name, reason in entries))
+        try:
+            with self._locked():
+                self._read()
+                entries = [entry for entry in entries if entry[0] not in self._names]
+                if self.path is not None and entries:
+                    with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+                        file.write("".join(f"{name}\t{reason}\n" for name, reason in entries))
+        except OSError as error:  # a full disk is no reason to end a run here
+            logger.warning("cannot write %s: %s", self.path, error.strerror)
+        for name, reason in entries:
+            logger.warning("unreadable image replaced by its neighbour: %s: %s", name, reason)
+            self._names.add(name)
 
     def _read(self) -> None:
         if self.path is not None and self.path.is_file():

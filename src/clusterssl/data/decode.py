@@ -17,7 +17,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision is giving its decoders up; PIL reads the same pixels, a little slower
+    decode_jpeg = None
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused: the size from which on PIL warns of a decompression bomb (ImageNet's largest has 61 M)."""
@@ -59,7 +63,7 @@ def decode(data: NDArray[np.uint8]) -> Tensor:
     if frame is not None:
         height, width, components, precision = frame
         _check_size(height, width)
-        if components in (1, 3) and precision == 8 and min(height, width) > 0:
+        if decode_jpeg is not None and components in (1, 3) and precision == 8 and min(height, width) > 0:
             try:
                 return decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
             except RuntimeError:

@@ -79,23 +79,34 @@ def eval_batches(
         raise UserError(f"image_size {size}, resize {resize}, batch_size {batch_size}: all must be at least 1")
     order = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64).reshape(-1)
     dataset = _EvalDataset(source, size, resize, MultiCrop((1,), (size,), scale[:1], scale[1:]), train_augment, seed)
+    labels = torch.from_numpy(np.asarray(source.labels))
     keys = [(epoch, i) for i in order.tolist()]
-    loader: DataLoader[Any] = DataLoader(
+    device = torch.device(device)
+    for images, index, bad in checked(_loader(dataset, keys, batch_size, workers, device.type == "cuda")):
+        _enter(bad, source, ledger)
+        yield EvalBatch(normalize(images.to(device, non_blocking=True)), labels[index], index)
+
+
+def _loader(
+    dataset: _EvalDataset, keys: Sequence[Key], batch_size: int, workers: int, pin_memory: bool
+) -> DataLoader[Any]:
+    return DataLoader(
         Guarded(dataset),
         batch_sampler=[keys[start : start + batch_size] for start in range(0, len(keys), batch_size)],
         collate_fn=same,
         num_workers=workers,
-        pin_memory=torch.device(device).type == "cuda",
+        pin_memory=pin_memory,
         worker_init_fn=quiet_worker,
+        generator=torch.Generator(),
     )
-    labels = torch.from_numpy(np.asarray(source.labels))
-    for images, index, bad in checked(loader):
-        if ledger is not None:
-            ledger.add(bad)
-        else:
-            for i, reason in bad:
-                logger.warning("unreadable image replaced by its neighbour: %s: %s", source.name(i), reason)
-        yield EvalBatch(normalize(images.to(device, non_blocking=True)), labels[index], index)
+
+
+def _enter(bad: Sequence[tuple[int, str]], source: Source, ledger: BadImages | None) -> None:
+    if ledger is not None:
+        ledger.add(bad)
+        return
+    for i, reason in bad:
+        logger.warning("unreadable image replaced by its neighbour: %s: %s", source.name(i), reason)
 
 
 class _EvalDataset(Dataset[Any]):

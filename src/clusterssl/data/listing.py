@@ -59,9 +59,12 @@ def list_folder(folder: Path) -> Listing:
     The order is that of torchvision's ImageFolder: by class, folder, then name.
 
     Raises:
-        UserError: no images in it.
+        UserError: unreadable, or no images in it.
     """
-    found = list(_walk(str(folder), "", ()))
+    try:
+        found = list(_walk(str(folder), "", ()))
+    except OSError as error:
+        raise UserError(f"cannot read the data folder {error.filename}: {error.strerror}") from error
     if not found:
         told = " ".join(EXTENSIONS)
         what = "is empty" if not any(folder.iterdir()) else f"holds no images (read are {told})"

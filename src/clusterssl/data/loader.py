@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,15 +17,23 @@ from clusterssl.data.sampler import PositionSampler
 from clusterssl.data.source import Source
 from clusterssl.errors import UserError
 
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
-
 
 def quiet_worker(_: int) -> None:
-    """Worker set-up: signals are the main process's business; one thread."""
-    for name in _SIGNALS:
+    """Worker set-up: signals sent to the run are the main process's business; one thread for computing."""
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _obey_parent() -> None:
+    """Ends the worker on SIGTERM of its parent, which would wait for ever otherwise; all others are ignored."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Failure(str):
@@ -59,6 +69,12 @@ def checked(batches: Any) -> Iterator[Any]:
         yield batch
 
 
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+
+
 class Loader:
     """Multi-crop batches of one rank, epoch by epoch."""
 
@@ -90,10 +106,8 @@ class Loader:
         Raises:
             UserError: the global batch is larger than the dataset, or a number is out of range.
         """
-        numbers = {"batch_size": (batch_size, 1), "accumulate": (accumulate, 1), "workers": (workers, 0)}
-        for name, (value, least) in numbers.items():
-            if value < least:
-                raise UserError(f"--{name} {value}: must be at least {least}")
+        _at_least(1, batch_size=batch_size, accumulate=accumulate)
+        _at_least(0, workers=workers)
         self.sampler = PositionSampler(
             len(source), batch_size, accumulate=accumulate, rank=rank, world_size=world_size, seed=seed
         )
@@ -112,6 +126,7 @@ class Loader:
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             worker_init_fn=quiet_worker,
+            generator=torch.Generator(),  # else every epoch would draw from the global one
         )
 
     @property

@@ -88,7 +88,7 @@ def eval_batches(
 
 
 def _loader(
-    dataset: _EvalDataset, keys: Sequence[Key], batch_size: int, workers: int, pin_memory: bool
+    dataset: _EvalDataset, keys: list[Key], batch_size: int, workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
     return DataLoader(
         Guarded(dataset),

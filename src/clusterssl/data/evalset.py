@@ -87,9 +87,7 @@ def eval_batches(
         yield EvalBatch(normalize(images.to(device, non_blocking=True)), labels[index], index)
 
 
-def _loader(
-    dataset: _EvalDataset, keys: list[Key], batch_size: int, workers: int, pin_memory: bool
-) -> DataLoader[Any]:
+def _loader(dataset: _EvalDataset, keys: list[Key], batch_size: int, workers: int, pin_memory: bool) -> DataLoader[Any]:
     return DataLoader(
         Guarded(dataset),
         batch_sampler=[keys[start : start + batch_size] for start in range(0, len(keys), batch_size)],

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from clusterssl.data import Source, eval_batches
-from clusterssl.evals.baselines import Pixels, calibrate_batchnorm, label_scores, unlabelled_scores
-from clusterssl.evals.features import extract
+from clusterssl.evals.baselines import Pixels, label_scores, unlabelled_scores
+from clusterssl.evals.features import calibrate_batchnorm, extract
 from clusterssl.models.build import build_model, resolve_stem
 from clusterssl.models.weights import model_from_weights
 

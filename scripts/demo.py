@@ -78,7 +78,7 @@ def tables(seeds: tuple[int, ...], found: list[dict[str, Scores]]) -> tuple[Tabl
     rows = summary(found)
     cells = tuple((name, *(with_spread(columns[measure]) for measure in MEASURES)) for name, columns in rows.items())
     every = tuple(
-        (str(seed), name, *(f"{scores[measure]:.1f}" for measure in MEASURES))
+        (name, str(seed), *(f"{scores[measure]:.1f}" for measure in MEASURES))
         for seed, scored in zip(seeds, found, strict=True)
         for name, scores in scored.items()
     )
@@ -90,7 +90,7 @@ def tables(seeds: tuple[int, ...], found: list[dict[str, Scores]]) -> tuple[Tabl
     )
     columns = tuple(MEASURES.values())
     main = Table(f"SwAV on handwritten digits, {len(seeds)} seeds", ("network", *columns), cells, NOTE)
-    return main, Table("Every seed and reading", ("seed", "representation", *columns), every), verdict
+    return main, Table("Every seed and reading", ("representation", "seed", *columns), every), verdict
 
 
 def show(table: Table, verdict: str, runs: list[Path], page: Path, began: float) -> None:

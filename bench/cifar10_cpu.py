@@ -1,0 +1,197 @@
+"""CIFAR-10 on a CPU: our recipe beside lightly's SwAV with equal time, network and augmentation, over fresh seeds.
+
+    python bench/cifar10_cpu.py --data_path cifar10 --out bench/results/cifar10_cpu-mine.json
+
+The recipe scripts/swav_cifar10_cpu.sh runs first and is timed; lightly then trains for the same wall-clock time, its
+learning rate following the same warm-up and cosine over that time. Beside them: the same network untrained, raw or with
+its BatchNorm statistics set on the training images (the better one counts), and raw pixels. All are evaluated by the
+same scripts: k-NN (k = 20, temperature 0.1) and a linear probe on frozen features.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+from record import write_result
+from torch import nn
+
+from clusterssl import config as cfg
+from clusterssl.data import eval_batches, open_source
+from clusterssl.evals.baselines import Pixels
+from clusterssl.evals.features import calibrate_batchnorm, extract
+from clusterssl.evals.knn import knn_accuracy
+from clusterssl.models.build import build_model
+from clusterssl.models.weights import published_state_dict, read_weights
+from clusterssl.optim import warmup_cosine
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE, K = (32, 32), 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Comparison."""
+
+    data_path: str = "cifar10"
+    """folder with train/ and val/ of CIFAR-10 images"""
+    seeds: tuple[int, ...] = (2001, 2002, 2003)
+    """never used for tuning"""
+    folder: str = "runs/bench_cifar10_cpu"
+    """where the runs are kept; finished ones are used again"""
+    recipe: str = "scripts/swav_cifar10_cpu.sh"
+    out: str = "bench/results/cifar10_cpu.json"
+
+
+def run_recipe(options: Options, seed: int) -> tuple[Path, float]:
+    """Run our recipe; returns the run directory and its wall-clock seconds."""
+    folder = Path(options.folder) / f"ours-{seed}"
+    began = time.monotonic()
+    command = ["bash", str(ROOT / options.recipe), "--seed", str(seed), "--dump_path", str(folder)]
+    env = {**os.environ, "DATASET_PATH": f"{options.data_path}/train", "PYTHON": sys.executable}
+    if not (folder / "seconds").exists():
+        subprocess.run(command, check=True, env=env)
+        (folder / "seconds").write_text(str(time.monotonic() - began))
+    return folder, float((folder / "seconds").read_text())
+
+
+def save(model: nn.Module, folder: Path, about: dict) -> Path:
+    """A network as a file that the evaluation scripts read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "network.pth"
+    torch.save({"state_dict": published_state_dict(model), "model": about}, path)
+    return path
+
+
+def untrained(flags: dict, about: dict, options: Options, seed: int) -> list[Path]:
+    """The network of a run before training: as initialised, and with calibrated BatchNorm."""
+    torch.manual_seed(seed)
+    model = build_model(about["arch"], about["stem"], flags["hidden_mlp"], flags["feat_dim"], flags["nmb_prototypes"])
+    folder = Path(options.folder)
+    raw = save(model, folder / f"untrained-{seed}", about)
+    source = open_source(options.data_path, split="train")
+    batches = eval_batches(source, range(0, len(source), 10), image_size=SIZE, batch_size=500)
+    calibrate_batchnorm(model, (batch.images for batch in batches))
+    return [raw, save(model, folder / f"calibrated-{seed}", about)]
+
+
+def train_lightly(flags: dict, about: dict, options: Options, seed: int, seconds: float) -> tuple[Path, dict]:
+    """lightly's SwAV around the same network for `seconds`; returns the file and how far it came."""
+    from lightly.loss import SwaVLoss
+    from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
+
+    torch.manual_seed(seed)
+    model = build_model(about["arch"], about["stem"], flags["hidden_mlp"], flags["feat_dim"], flags["nmb_prototypes"])
+    width = int(model.backbone.feature_dim)  # type: ignore[arg-type]
+    head = SwaVProjectionHead(width, flags["hidden_mlp"], flags["feat_dim"])
+    prototypes = SwaVPrototypes(flags["feat_dim"], flags["nmb_prototypes"])
+    criterion = SwaVLoss(flags["temperature"], flags["sinkhorn_iterations"], flags["epsilon"])
+    network = nn.ModuleList([model.backbone, head, prototypes]).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), flags["base_lr"], weight_decay=flags["wd"])
+    batches = lightly_batches(flags, options)
+    began, images = time.monotonic(), 0
+    network.train()
+    while (elapsed := time.monotonic() - began) < seconds:
+        views = [view.contiguous(memory_format=torch.channels_last) for view in next(batches)]
+        rate = warmup_cosine(
+            int(1000 * elapsed / seconds), steps_per_epoch=1000 // flags["epochs"], epochs=flags["epochs"],
+            warmup_epochs=flags["warmup_epochs"], start=flags["start_warmup"], base=flags["base_lr"],
+            final=flags["final_lr"],
+        )  # fmt: skip
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        prototypes.normalize()
+        scores = [prototypes(nn.functional.normalize(head(model.backbone(view)), dim=1)) for view in views]
+        loss = criterion(scores, [])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        images += len(views[0])
+    path = save(model, Path(options.folder) / f"lightly-{seed}", about)
+    return path, {"images_per_s": images / elapsed, "epochs": images / flags["num_images"], "loss": loss.item()}
+
+
+def lightly_batches(flags: dict, options: Options) -> Iterator[list[torch.Tensor]]:
+    """Endless batches of lightly's multi-crop with the recipe's strengths, one loader process beside the training."""
+    from lightly.transforms import SwaVTransform
+    from torchvision.datasets import ImageFolder
+
+    s = flags["color_jitter"]
+    transform = SwaVTransform(
+        crop_sizes=(32, 32), crop_counts=(2, 0), crop_min_scales=(flags["min_scale_crops"][0], 1),
+        crop_max_scales=(flags["max_scale_crops"][0], 1), hf_prob=flags["flip_p"], cj_prob=flags["color_jitter_p"],
+        cj_strength=1.0, cj_bright=s, cj_contrast=s, cj_sat=s, cj_hue=s / 4, random_gray_scale=flags["gray_p"],
+        gaussian_blur=flags["blur_p"],
+    )  # fmt: skip
+    data = ImageFolder(f"{options.data_path}/train", transform)
+    loader = torch.utils.data.DataLoader(
+        data, flags["batch_size"], shuffle=True, drop_last=True, num_workers=1, persistent_workers=True
+    )
+    while True:
+        for views, _ in loader:
+            yield views
+
+
+def scores(path: Path, options: Options, epochs: int = 30) -> dict[str, float]:
+    """k-NN and linear accuracy by our evaluation scripts."""
+    found = {}
+    for script, more in (("eval_knn", ["--nb_knn", str(K)]), ("eval_linear", ["--epochs", str(epochs)])):
+        folder = path.parent / script
+        command = [sys.executable, str(ROOT / f"{script}.py"), "--data_path", options.data_path, "--device", "cpu"]
+        subprocess.run(
+            [*command, "--pretrained", str(path), "--dump_path", str(folder), *more],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        record = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
+        found[script] = float(record["top1"])
+    return found
+
+
+def pixels(options: Options) -> float:
+    """k-NN accuracy of raw pixels."""
+    train, val = (extract(Pixels(), open_source(options.data_path, split=s), image_size=SIZE) for s in ("train", "val"))
+    return knn_accuracy(*train, *val, ks=(K,))[K][0]
+
+
+def main() -> None:
+    options = cfg.parse(Options, description=__doc__)
+    rows: dict[str, list[dict]] = {"untrained": [], "lightly": [], "ours": []}
+    for seed in options.seeds:
+        folder, seconds = run_recipe(options, seed)
+        record = json.loads((folder / "run.json").read_text())
+        flags = {**record["config"], **record["facts"]}
+        about = read_weights(str(folder / "checkpoint.pth.tar"))[1]
+        before = [scores(path, options) for path in untrained(flags, about, options, seed)]
+        rows["untrained"].append({key: max(one[key] for one in before) for key in before[0]})
+        path, came = train_lightly(flags, about, options, seed, seconds)
+        rows["lightly"].append({**scores(path, options), **came, "seconds": seconds})
+        rows["ours"].append(
+            {**scores(folder / "checkpoint.pth.tar", options), "epochs": flags["epochs"], "seconds": seconds}
+        )
+        for name, found in rows.items():
+            print(seed, name, {key: round(value, 2) for key, value in found[-1].items()}, flush=True)
+    knn = {name: mean(one["eval_knn"] for one in found) for name, found in rows.items()}
+    linear = {name: mean(one["eval_linear"] for one in found) for name, found in rows.items()}
+    raw = pixels(options)
+    print(f"\nCIFAR-10, mean of {len(options.seeds)} seeds   k-NN (k = {K})   linear\nraw pixels   {raw:8.1f}")
+    for name in rows:
+        print(f"{name:12} {knn[name]:8.1f} {linear[name]:16.1f}")
+    write_result(
+        Path(options.out),
+        {"recipe": options.recipe, "k": K, "pixels_knn": raw, "mean_knn": knn, "mean_linear": linear, "seeds": rows},
+    )
+
+
+if __name__ == "__main__":
+    cfg.entry(main)

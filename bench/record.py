@@ -1,0 +1,51 @@
+"""Writing a measurement with what a reader needs to trust or repeat it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "timm", "lightly", "faiss-cpu")
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write `result` beside hardware, versions, commit and command."""
+    root = Path(__file__).resolve().parent.parent
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    git = [
+        subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+    ]
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": git[0],
+        "changed_since": bool(git[1]),
+        "hardware": hardware(),
+        "versions": versions,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, "result": result}, indent=1) + "\n")
+    print(f"\nwritten to {path}")
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, and GPU if there is one."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": model, "cores": os.cpu_count(), "gpu": gpu}

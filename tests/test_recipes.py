@@ -1,0 +1,71 @@
+"""The recipe scripts give the published flags, and every published command line starts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import main_swav
+from clusterssl import config as cfg
+from tests.golden_files import FOLDER
+from tests.launch import ROOT, metrics
+
+RECIPES = [r for r in json.loads((FOLDER / "published_recipes.json").read_text()) if r["script"] == "main_swav.py"]
+SBATCH = [r for r in RECIPES if (ROOT / "scripts" / f"{r['name']}.sh").exists()]
+
+
+SMALL = [
+    *("--data_path", "synthetic:8:40x40", "--arch", "conv4w4", "--hidden_mlp", "16", "--batch_size", "4"),
+    *("--epochs", "1", "--warmup_epochs", "0", "--workers", "0", "--device", "cpu", "--queue_length", "4"),
+    *("--epoch_queue_starts", "0", "--dist_url", "env://"),
+]
+
+
+def flags_of(script: Path) -> list[str]:
+    """What a recipe script passes to main_swav.py."""
+    command = script.read_text().replace("\\\n", " ").split("main_swav.py", 2)[-1]
+    return [word for word in shlex.split(command) if word != "$@"]
+
+
+def without_places(config: main_swav.Config) -> main_swav.Config:
+    """The configuration without paths and addresses."""
+    run = replace(config.run, dump_path="", dist_url="")
+    return replace(config, data=replace(config.data, data_path=""), run=run)
+
+
+def test_all_nine_published_scripts_are_here() -> None:
+    assert len(SBATCH) == 9
+
+
+@pytest.mark.parametrize("recipe", SBATCH, ids=lambda r: r["name"])
+def test_a_recipe_script_gives_the_published_flags(recipe: dict) -> None:
+    script = ROOT / "scripts" / f"{recipe['name']}.sh"
+    ours = cfg.parse(main_swav.Config, flags_of(script))
+    assert without_places(ours) == without_places(cfg.parse(main_swav.Config, recipe["flags"]))
+    text = script.read_text()
+    assert f"--nodes={recipe['nodes']} --ntasks-per-node={recipe['tasks_per_node']}" in text
+    assert str(recipe["published"]["imagenet_linear_top1"]) in text
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("swav_cifar10*.sh")), ids=lambda s: s.name)
+def test_the_cifar_recipes_parse(script: Path) -> None:
+    assert cfg.parse(main_swav.Config, flags_of(script))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r["name"])
+def test_every_published_command_line_starts(
+    recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The published words, then a smaller network and fewer images, on which everything else is as it was."""
+    words = [word for word in recipe["flags"] if "$" not in word or word == "${DATASET_PATH}"]
+    words = [word for word in words if word not in ("--dist_url", "--dump_path")]
+    monkeypatch.setattr(sys, "argv", ["main_swav.py", *words, *SMALL, "--dump_path", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        cfg.entry(main_swav.main)
+    assert end.value.code == 0, capsys.readouterr()
+    assert max(record.get("step", 0) for record in metrics(tmp_path)) == 2

@@ -15,7 +15,7 @@ demo: $(INSTALLED) ## pretrain SwAV on the built-in digits, evaluate it, write t
 	@$(BIN) scripts/demo.py $(ARGS)
 
 test: $(INSTALLED) ## the default tests (one process a core, four at most)
-	@OMP_NUM_THREADS=1 $(BIN) -m pytest -n auto --maxprocesses 4 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 slow: $(INSTALLED) ## the tests that take minutes
 	@$(BIN) -m pytest -m slow $(ARGS)

@@ -7,8 +7,7 @@ Caron et al. 2020, https://arxiv.org/abs/2006.09882
     torchrun --nproc_per_node=8 main_swav.py --data_path /imagenet/train    # one node
     sbatch scripts/swav_400ep_pretrain.sh                                   # many nodes
 
-Shape suffixes: B images of a (micro-)batch, V views, A assigned views, N = V * B rows, D feature dimension,
-K prototypes.
+Shape suffixes: B images, V views, A assigned views, N = V * B rows, D feature dimension, K prototypes.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from clusterssl import config as cfg
-from clusterssl import dist, options
+from clusterssl import options
 from clusterssl.batchnorm import unchanged_statistics
-from clusterssl.cluster.online import OnlineAssigner
-from clusterssl.engine import bare, fit
+from clusterssl.checkpoint import bare
+from clusterssl.cluster.online import AssignmentOptions, OnlineAssigner
+from clusterssl.engine import fit
 from clusterssl.monitor import Observation
 from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, num_views
 from clusterssl.pretrain import assemble, join, or_digits
@@ -36,24 +36,14 @@ from clusterssl.pretrain import assemble, join, or_digits
 
 @dataclass(frozen=True)
 class SwAVOptions:
-    """Assignments."""
+    """Objective."""
 
     crops_for_assign: tuple[int, ...] = (0, 1)
     """crops whose assignments are computed, each predicted from all other crops"""
     temperature: float = 0.1
     """of the softmax over prototypes in the loss"""
-    epsilon: float = 0.05
-    """smoothness of the assignments; 0.03 helps when the loss stays at ln K"""
-    sinkhorn_iterations: int = 3
-    """normalisations of the assignments"""
-    hard_assignment: bool = False
-    """round each assignment to its largest entry"""
     nmb_prototypes: int = 3000
     """number of prototypes K"""
-    queue_length: int = 0
-    """embeddings of earlier batches, over all ranks, that join the assignment; for small batches"""
-    epoch_queue_starts: int = 15
-    """first epoch with a queue"""
     freeze_prototypes_niters: int = 313
     """first steps in which the prototypes stay as they are"""
     freeze_prototypes_epochs: int = 0
@@ -62,29 +52,24 @@ class SwAVOptions:
 
 @dataclass(frozen=True)
 class Config:
-    """All flags of this script."""
-
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
     swav: SwAVOptions = SwAVOptions()
+    assignment: AssignmentOptions = AssignmentOptions()
     optim: OptimOptions = OptimOptions()
     run: RunOptions = RunOptions()
 
     def __post_init__(self) -> None:
-        views, assigned = num_views(self.data), self.swav.crops_for_assign
+        views, words = num_views(self.data), " ".join(map(str, self.swav.crops_for_assign))
+        fits = all(0 <= crop < views for crop in self.swav.crops_for_assign)
         cfg.require(views > 1, f"--nmb_crops {views}: SwAV compares views, it needs at least 2 crops")
-        cfg.require(
-            all(0 <= crop < views for crop in assigned),
-            f"--crops_for_assign {' '.join(map(str, assigned))}: there are {views} crops, use numbers 0 to {views - 1}",
-        )
-        cfg.require(self.swav.epsilon > 0, f"--epsilon {self.swav.epsilon}: must be positive")
-        cfg.require(self.swav.sinkhorn_iterations > 0, "--sinkhorn_iterations: must be at least 1")
+        cfg.require(fits, f"--crops_for_assign {words}: there are {views} crops, use numbers 0 to {views - 1}")
         cfg.require(self.swav.nmb_prototypes > 1, "--nmb_prototypes: must be at least 2")
 
 
 DIGITS = Config(
     options.DIGITS_DATA, options.DIGITS_MODEL, SwAVOptions(nmb_prototypes=30, freeze_prototypes_niters=0),
-    options.DIGITS_OPTIM, RunOptions(dump_path="runs/swav_digits"),
+    AssignmentOptions(epsilon=0.03), options.DIGITS_OPTIM, RunOptions(dump_path="runs/swav_digits"),
 )  # fmt: skip
 
 
@@ -112,11 +97,8 @@ class SwAV:
         self.model, self.net = model, bare(model)
         self.prototypes = self.net.prototype_layers()[0]
         self.views, self.assigned = num_views(config.data), list(o.crops_for_assign)
-        self.assigner = OnlineAssigner(
-            num_crops=len(self.assigned), step_images=config.optim.batch_size * config.optim.accumulate,
-            epsilon=o.epsilon, iterations=o.sinkhorn_iterations, hard=o.hard_assignment, queue_length=o.queue_length,
-            epoch_queue_starts=o.epoch_queue_starts,
-        )  # fmt: skip
+        step_images = config.optim.batch_size * config.optim.accumulate
+        self.assigner = OnlineAssigner(config.assignment, len(self.assigned), step_images)
         self.frozen_steps = max(o.freeze_prototypes_niters, o.freeze_prototypes_epochs * steps_per_epoch)
         self.planned: list[Tensor] = []
         self.seen: Observation | None = None
@@ -139,8 +121,7 @@ class SwAV:
         z_ND, scores_NK = self.model(crops)
         z_ABD = self.of_assigned(z_ND.detach())
         q_ABK = self.planned.pop(0) if self.planned else self.assigner.assign(z_ABD, self.prototypes.weight)
-        scores_ABK = self.of_assigned(scores_NK.detach())
-        self.seen = Observation(z_ABD.flatten(0, 1), scores_ABK.flatten(0, 1), q_ABK.flatten(0, 1))
+        self.seen = Observation(*(x.flatten(0, 1) for x in (z_ABD, self.of_assigned(scores_NK.detach()), q_ABK)))
         return swapped_prediction(scores_NK, q_ABK, self.assigned, self.options.temperature)
 
     def of_assigned(self, rows_NX: Tensor) -> Tensor:
@@ -160,15 +141,8 @@ class SwAV:
 
 def main() -> None:
     config = cfg.parse(Config, description=__doc__, default=or_digits(Config(), DIGITS))
-    world = join(config.run)
-    try:
-        parts = assemble(
-            "swav", config, world, config.swav.nmb_prototypes,
-            lambda model, loader: SwAV(model, config, loader.batches_per_epoch),
-        )  # fmt: skip
-        fit(parts)
-    finally:
-        dist.leave()
+    with join(config.run) as world:
+        fit(assemble("swav", config, world, config.swav.nmb_prototypes, SwAV))
 
 
 if __name__ == "__main__":

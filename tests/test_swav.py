@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import main_swav
 from clusterssl.batchnorm import synchronise
+from clusterssl.checkpoint import distribute
+from clusterssl.cluster.online import AssignmentOptions
 from clusterssl.dist import World
-from clusterssl.engine import distribute
 from clusterssl.errors import UserError
 from clusterssl.models.build import build_model
 from clusterssl.options import DataOptions, OptimOptions
@@ -43,10 +44,13 @@ def config_of(given: dict, queue_length: int) -> main_swav.Config:
     many = {name: (value,) * len(views) for name, value in (("min_scale_crops", 0.5), ("max_scale_crops", 1.0))}
     config = main_swav.Config(DataOptions(nmb_crops=tuple(views), size_crops=((8, 8),) * len(views), **many))
     swav = main_swav.SwAVOptions(
-        tuple(given["crops_for_assign"]), given["temperature"], given["epsilon"], given["sinkhorn_iterations"],
-        queue_length=queue_length, epoch_queue_starts=0, freeze_prototypes_niters=given["freeze_prototypes_niters"],
+        tuple(given["crops_for_assign"]), given["temperature"],
+        freeze_prototypes_niters=given["freeze_prototypes_niters"],
     )  # fmt: skip
-    return replace(config, swav=swav, optim=OptimOptions(batch_size=given["batch"]))
+    assignment = AssignmentOptions(
+        given["epsilon"], given["sinkhorn_iterations"], queue_length=queue_length, epoch_queue_starts=0
+    )
+    return replace(config, swav=swav, assignment=assignment, optim=OptimOptions(batch_size=given["batch"]))
 
 
 def follow(rank: int, world_size: int, case: str) -> dict[str, float]:
@@ -130,8 +134,11 @@ def test_swapped_prediction_equals_the_double_loop() -> None:
 
 def small_config(batch_size: int, accumulate: int = 1, queue_length: int = 0) -> main_swav.Config:
     base = main_swav.DIGITS
-    swav = replace(base.swav, nmb_prototypes=12, queue_length=queue_length, epoch_queue_starts=0)
-    return replace(base, swav=swav, optim=replace(base.optim, batch_size=batch_size, accumulate=accumulate))
+    assignment = AssignmentOptions(queue_length=queue_length, epoch_queue_starts=0)
+    swav = replace(base.swav, nmb_prototypes=12)
+    return replace(
+        base, swav=swav, assignment=assignment, optim=replace(base.optim, batch_size=batch_size, accumulate=accumulate)
+    )
 
 
 def train(rank: int, world_size: int, batch_norm: bool, accumulate: int = 1, steps: int = 3) -> tuple[list, dict]:

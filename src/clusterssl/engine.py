@@ -7,18 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clusterssl import dist
+from clusterssl import checkpoint, dist
 from clusterssl.data import Augment, BadImages, Batch, Loader
 from clusterssl.dist import World
 from clusterssl.errors import Stopped, UserError
-from clusterssl.models.build import MultiCropNet
-from clusterssl.models.weights import load_published, published_state_dict
 from clusterssl.monitor import Monitor, Observation
 from clusterssl.preemption import StopRequest, requeue
 from clusterssl.progress import Progress
@@ -104,19 +102,6 @@ class Parts:
     layout: torch.memory_format
     record: dict[str, Any]
     """what a reader of the checkpoint must know of the model: arch, stem, size_crops"""
-
-
-def distribute(model: nn.Module, world: World) -> nn.Module:
-    """Wrap a model so that gradients are averaged over ranks; alone it stays as it is."""
-    if world.size == 1:
-        return model
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-
-def bare(model: nn.Module) -> MultiCropNet:
-    """The model inside the distributed wrapper."""
-    return cast(MultiCropNet, model.module if isinstance(model, DistributedDataParallel) else model)
 
 
 def fit(parts: Parts) -> None:
@@ -287,41 +272,21 @@ class _Training:
 
     def save(self, keep_as: str = "") -> None:
         self.check_finite()
-        self.check_weights()
-        parts = self.parts
-        state = parts.method.state_dict()
-        sharded = state.pop("sharded", {})
-        shared = {
-            "epoch": self.step // self.steps_per_epoch,
-            "state_dict": published_state_dict(bare(parts.model)),
-            "optimizer": parts.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "method_state": state,
-            "loss_sum": float(dist.all_reduce_(self.loss_sum.clone(), "mean")),
-            "model": parts.record,
-        }
-        parts.run.save(shared, sharded, step=self.step, keep_as=keep_as)
+        state = {"epoch": self.step // self.steps_per_epoch, "scaler": self.scaler.state_dict()}
+        state["loss_sum"] = float(dist.all_reduce_(self.loss_sum.clone(), "mean"))
+        state["model"] = self.parts.record
+        checkpoint.save(
+            self.parts.run, self.parts.model, self.parts.optimizer, self.parts.method, state, self.step, keep_as
+        )
         self.saved_at, self.saved_step = time.monotonic(), self.step
 
-    def check_weights(self) -> None:
-        """Never overwrite a good checkpoint by one whose weights are not finite."""
-        norms = torch._foreach_norm([p.detach() for p in self.parts.model.parameters()])
-        if not bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
-            raise UserError(
-                f"weights were not finite after step {self.step - 1}; the last good checkpoint in "
-                f"{self.parts.run.folder} is kept: start again from it with a lower --base_lr or --use_fp16 false"
-            )
-
     def resume(self) -> None:
-        state = self.parts.run.load()
+        state = checkpoint.load(self.parts.run, self.parts.model, self.parts.optimizer, self.parts.method)
         if state is None:
             return
-        load_published(bare(self.parts.model), state["state_dict"])
-        self.parts.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.loss_sum.fill_(state["loss_sum"])
-        self.parts.method.load_state_dict({**state["method_state"], "sharded": state["sharded"]})
         epoch, within = divmod(self.step, self.steps_per_epoch)
         if self.step >= self.total:
             logger.info("already trained for %d epochs; nothing to do", epoch)

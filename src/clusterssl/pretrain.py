@@ -7,7 +7,7 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,10 +16,11 @@ from torch import nn
 
 from clusterssl import dist
 from clusterssl.batchnorm import synchronise
+from clusterssl.checkpoint import distribute
 from clusterssl.config import command, gives, plain
 from clusterssl.data import Augment, Loader, MultiCrop, open_source
 from clusterssl.dist import World
-from clusterssl.engine import Method, Parts, Precision, Schedule, distribute
+from clusterssl.engine import Method, Parts, Precision, Schedule
 from clusterssl.models.build import MultiCropNet, build_model, check_crop_sizes, resolve_stem
 from clusterssl.models.weights import init_model
 from clusterssl.optim import build_optimizer, warmup_cosine
@@ -52,27 +53,25 @@ FREE = frozenset(
 
 
 C = TypeVar("C")
+T = TypeVar("T", bound=PretrainConfig)
 
 
 def or_digits(published: C, digits: C, argv: Sequence[str] | None = None) -> C:
-    """The defaults of a command line: the published ones, or those fit for the digits when it names no data.
-
-    The equivalent full command is printed in the second case, for the reader to vary.
-    """
+    """The defaults of a command line: the published ones, or those fit for the digits when it names no data."""
     words = sys.argv[1:] if argv is None else argv
-    if gives(words, "data_path") or {"-h", "--help"} & set(words):
-        return published
-    script = Path(sys.argv[0]).name
-    print(f"no --data_path: training on the built-in digits, the same as\n  {command(script, digits, published)}")
-    return digits
+    return published if gives(words, "data_path") or {"-h", "--help"} & set(words) else digits
 
 
-def join(run: RunOptions) -> World:
-    """Join the other ranks as the flags say."""
+@contextlib.contextmanager
+def join(run: RunOptions) -> Iterator[World]:
+    """Join the other ranks as the flags say, and leave them at the end of the block."""
     keep_freed_memory()
     world = dist.join(device=run.device, dist_url=run.dist_url, timeout_s=60 * run.timeout_minutes)
     log_to_screen(world)
-    return world
+    try:
+        yield world
+    finally:
+        dist.leave()
 
 
 def keep_freed_memory() -> None:
@@ -86,10 +85,10 @@ def keep_freed_memory() -> None:
 
 def assemble(
     name: str,
-    config: PretrainConfig,
+    config: T,
     world: World,
     nmb_prototypes: int | tuple[int, ...],
-    make_method: Callable[[nn.Module, Loader], Method],
+    make_method: Callable[[nn.Module, T, int], Method],
 ) -> Parts:
     """Build everything a run consists of; the run directory is touched last, when all flags have proved good.
 
@@ -98,7 +97,7 @@ def assemble(
         config: the script's configuration.
         world: this process's place.
         nmb_prototypes: K, or one K per head.
-        make_method: from the (distributed) model and the loader to the method.
+        make_method: from the (distributed) model, the configuration and the steps of an epoch to the method.
 
     Raises:
         UserError: bad images, flags, weights or run directory, in the words of the part that found it.
@@ -107,7 +106,7 @@ def assemble(
     loader = _loader(config, world)
     model = _model(config, nmb_prototypes, world)
     wrapped = distribute(model, world)
-    method = make_method(wrapped, loader)
+    method = make_method(wrapped, config, loader.batches_per_epoch)
     run = Run(config.run.dump_path, world)
     flags = plain(config)
     facts = {"global_batch": loader.global_batch, "num_images": len(loader.source)}
@@ -181,6 +180,9 @@ def _record(config: PretrainConfig, model: MultiCropNet) -> dict[str, Any]:
 
 
 def _tell(config: PretrainConfig, loader: Loader, model: MultiCropNet, world: World) -> None:
+    if not gives(None, "data_path"):
+        full = command(Path(sys.argv[0]).name, config, type(config)())
+        logger.info("no --data_path: training on the built-in digits, the same as\n  %s", full)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("%s, %.1f M parameters, on %s, %d ranks (%s)", config.model.arch, parameters, world.device, world.size,
                 world.launcher)  # fmt: skip

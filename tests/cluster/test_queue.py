@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from clusterssl.cluster.online import OnlineAssigner, usable_queue_length
+from clusterssl.cluster.online import AssignmentOptions, OnlineAssigner, usable_queue_length
 from clusterssl.cluster.queue import FeatureQueue
 from clusterssl.errors import UserError
 from tests.ranks import run_ranks
@@ -52,15 +52,14 @@ def test_usable_length() -> None:
 
 def test_says_what_length_is_used_instead(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "clusterssl"):
-        OnlineAssigner(num_crops=1, step_images=32, epsilon=0.05, iterations=3, queue_length=100)
+        OnlineAssigner(AssignmentOptions(queue_length=100), 1, 32)
     assert "--queue_length 100" in caplog.text and "using 96" in caplog.text
 
 
 def assigned(rank: int, world_size: int, steps: int) -> tuple[list[torch.Tensor], dict]:
     prototypes = torch.nn.functional.normalize(torch.randn(7, 4, generator=torch.Generator().manual_seed(0)))
-    assigner = OnlineAssigner(
-        num_crops=2, step_images=12 // world_size, epsilon=0.05, iterations=3, queue_length=24, epoch_queue_starts=0
-    )
+    options = AssignmentOptions(queue_length=24, epoch_queue_starts=0)
+    assigner = OnlineAssigner(options, 2, 12 // world_size)
     assigner.begin_epoch(0, prototypes)
     mine = [z.chunk(world_size, dim=1)[rank] for z in batches(steps, 12)]
     return [assigner.assign(z, prototypes) for z in mine], assigner.state_dict()
@@ -79,7 +78,7 @@ def test_many_ranks_with_a_queue_equal_one() -> None:
 def test_hard_assignments_are_one_hot_at_the_largest_entry() -> None:
     z = batches(1, 12)[0]
     prototypes = torch.nn.functional.normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
-    soft = OnlineAssigner(num_crops=2, step_images=12, epsilon=0.05, iterations=3).assign(z, prototypes)
-    hard = OnlineAssigner(num_crops=2, step_images=12, epsilon=0.05, iterations=3, hard=True).assign(z, prototypes)
+    soft = OnlineAssigner(AssignmentOptions(), 2, 12).assign(z, prototypes)
+    hard = OnlineAssigner(AssignmentOptions(hard_assignment=True), 2, 12).assign(z, prototypes)
     assert torch.equal(hard.argmax(-1), soft.argmax(-1)) and torch.equal(hard.sum(-1), torch.ones(2, 12))
     assert set(hard.unique().tolist()) == {0.0, 1.0}

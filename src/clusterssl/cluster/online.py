@@ -6,6 +6,7 @@ Shape suffixes: A assigned crops, B images of a step and rank, N rows to assign,
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,31 @@ from torch import Tensor
 from clusterssl import dist
 from clusterssl.cluster.queue import FeatureQueue
 from clusterssl.cluster.sinkhorn import sinkhorn
+from clusterssl.config import require
 from clusterssl.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AssignmentOptions:
+    """Assignments."""
+
+    epsilon: float = 0.05
+    """smoothness of the assignments; 0.03 helps when the loss stays at ln K"""
+    sinkhorn_iterations: int = 3
+    """normalisations of the assignments"""
+    hard_assignment: bool = False
+    """round each assignment to its largest entry"""
+    queue_length: int = 0
+    """embeddings of earlier batches, over all ranks, that join the assignment; for small batches"""
+    epoch_queue_starts: int = 15
+    """first epoch with a queue"""
+
+    def __post_init__(self) -> None:
+        require(self.epsilon > 0, f"--epsilon {self.epsilon}: must be positive")
+        require(self.sinkhorn_iterations > 0, "--sinkhorn_iterations: must be at least 1")
+        require(self.queue_length >= 0, f"--queue_length {self.queue_length}: must not be negative")
 
 
 def usable_queue_length(asked: int, step_images: int) -> int:
@@ -35,44 +58,30 @@ def usable_queue_length(asked: int, step_images: int) -> int:
 class OnlineAssigner:
     """Turns embeddings into assignments; owns the queue."""
 
-    def __init__(
-        self,
-        *,
-        num_crops: int,
-        step_images: int,
-        epsilon: float,
-        iterations: int,
-        hard: bool = False,
-        queue_length: int = 0,
-        epoch_queue_starts: int = 0,
-    ) -> None:
+    def __init__(self, options: AssignmentOptions, num_crops: int, step_images: int) -> None:
         """Set up without a queue; `begin_epoch` starts it.
 
         Args:
+            options: the flags; the queue's length is lowered to a multiple of the images of a step.
             num_crops: A.
             step_images: images of this rank in one optimiser step.
-            epsilon: see `sinkhorn`.
-            iterations: see `sinkhorn`.
-            hard: round each assignment to its largest entry.
-            queue_length: rows per crop over all ranks; lowered to a multiple of the images of a step.
-            epoch_queue_starts: first epoch with a queue.
 
         Raises:
-            UserError: `queue_length` is shorter than a step.
+            UserError: the queue is shorter than a step.
         """
-        self.epsilon, self.iterations, self.hard = epsilon, iterations, hard
+        self.options = options
         self.queue: FeatureQueue | None = None
-        self._num_crops, self._step_images, self._starts = num_crops, step_images, epoch_queue_starts
-        self._length = usable_queue_length(queue_length, step_images * dist.size())
-        if self._length != queue_length and dist.rank() == 0:
+        self._num_crops, self._step_images = num_crops, step_images
+        self._length = usable_queue_length(options.queue_length, step_images * dist.size())
+        if self._length != options.queue_length and dist.rank() == 0:
             logger.warning(
                 "--queue_length %d is no multiple of the %d images of a step: using %d",
-                queue_length, step_images * dist.size(), self._length,
+                options.queue_length, step_images * dist.size(), self._length,
             )  # fmt: skip
 
     def begin_epoch(self, epoch: int, prototypes_KD: Tensor) -> None:
         """Start the queue, empty, at the epoch the flags say; it is used once it is full."""
-        if self.queue is None and self._length > 0 and epoch >= self._starts:
+        if self.queue is None and self._length > 0 and epoch >= self.options.epoch_queue_starts:
             self.queue = self._new_queue(prototypes_KD)
 
     @torch.no_grad()
@@ -82,7 +91,7 @@ class OnlineAssigner:
         The current batch is never in the queue it is assigned with.
         """
         q_ABK = torch.stack([self._assign(slot, z_BD, prototypes_KD) for slot, z_BD in enumerate(z_ABD)])
-        return F.one_hot(q_ABK.argmax(-1), q_ABK.shape[-1]).to(q_ABK.dtype) if self.hard else q_ABK
+        return F.one_hot(q_ABK.argmax(-1), q_ABK.shape[-1]).to(q_ABK.dtype) if self.options.hard_assignment else q_ABK
 
     def _assign(self, slot: int, z_BD: Tensor, prototypes_KD: Tensor) -> Tensor:
         rows_ND = z_BD
@@ -91,7 +100,9 @@ class OnlineAssigner:
                 rows_ND = torch.cat([self.queue.rows(slot).to(z_BD.dtype), z_BD])
             self.queue.push(slot, z_BD)
         with torch.autocast(z_BD.device.type, enabled=False):
-            q_NK = sinkhorn(rows_ND @ prototypes_KD.T, self.epsilon, self.iterations, bound=1.0)
+            q_NK = sinkhorn(
+                rows_ND @ prototypes_KD.T, self.options.epsilon, self.options.sinkhorn_iterations, bound=1.0
+            )
         return q_NK[-z_BD.shape[0] :]
 
     def _new_queue(self, prototypes_KD: Tensor) -> FeatureQueue:

@@ -1,0 +1,85 @@
+"""What a pretraining checkpoint holds: weights under their published names, optimiser, the method's state."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clusterssl.dist import World
+from clusterssl.errors import UserError
+from clusterssl.models.build import MultiCropNet
+from clusterssl.models.weights import load_published, published_state_dict
+from clusterssl.run import Run
+
+
+class Stateful(Protocol):
+    """A method, as far as checkpoints go."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def distribute(model: nn.Module, world: World) -> nn.Module:
+    """Wrap a model so that gradients are averaged over ranks; alone it stays as it is."""
+    if world.size == 1:
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def bare(model: nn.Module) -> MultiCropNet:
+    """The model inside the distributed wrapper."""
+    return cast(MultiCropNet, model.module if isinstance(model, DistributedDataParallel) else model)
+
+
+def save(
+    run: Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: Stateful,
+    more: dict[str, Any],
+    step: int,
+    keep_as: str = "",
+) -> None:
+    """Write a checkpoint of all ranks.
+
+    Args:
+        run: where to.
+        model: as `distribute` gave it.
+        optimizer: of the model.
+        method: whose state goes along, its "sharded" tensors split over ranks.
+        more: further plain values and tensors.
+        step: optimiser steps done.
+        keep_as: name of a copy that is kept.
+
+    Raises:
+        UserError: weights are not finite, or a file could not be written; the checkpoint before is intact.
+    """
+    check_weights(model, run, step)
+    state = method.state_dict()
+    sharded = state.pop("sharded", {})
+    weights = {"state_dict": published_state_dict(bare(model)), "optimizer": optimizer.state_dict()}
+    run.save({**more, **weights, "method_state": state}, sharded, step=step, keep_as=keep_as)
+
+
+def load(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, method: Stateful) -> dict[str, Any] | None:
+    """Put the newest checkpoint's state in place; returns all it holds, None when there is none."""
+    state = run.load()
+    if state is not None:
+        load_published(bare(model), state["state_dict"])
+        optimizer.load_state_dict(state["optimizer"])
+        method.load_state_dict({**state["method_state"], "sharded": state["sharded"]})
+    return state
+
+
+def check_weights(model: nn.Module, run: Run, step: int) -> None:
+    """Never let a checkpoint of weights that are not finite replace a good one."""
+    norms = torch._foreach_norm([p.detach() for p in model.parameters()])
+    if not bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
+        raise UserError(
+            f"weights were not finite after step {step - 1}; the last good checkpoint in {run.folder} is kept: start "
+            "again from it with a lower --base_lr or --use_fp16 false"
+        )

@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+# Networks and matrices are small here: threads of one operation would mostly wait for one another.
+export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test slow lint format clean
@@ -15,7 +17,7 @@ demo: $(INSTALLED) ## pretrain SwAV on the built-in digits, evaluate it, write t
 	@$(BIN) scripts/demo.py $(ARGS)
 
 test: $(INSTALLED) ## the default tests (one process a core, four at most)
-	@OMP_NUM_THREADS=1 $(BIN) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	@$(BIN) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 slow: $(INSTALLED) ## the tests that take minutes
 	@$(BIN) -m pytest -m slow $(ARGS)

@@ -40,7 +40,7 @@ MEASURES = {
 NOTE = (
     "Percent, mean ± deviation over seeds, on images that training never saw. Clusters are k-means of their embedding, "
     "found without labels, their accuracy after the best matching with classes (Hungarian). Untrained is, for "
-    "each measure, the best of four: raw or with BatchNorm set on the data, features or embedding. "
+    "each measure, the best of four: raw or with BatchNorm set on the data, clusters of features or of the embedding. "
     "k-NN with all labels is no argument here: raw pixels are near the ceiling already."
 )
 
@@ -116,7 +116,7 @@ def main() -> None:
         print(f"\nseed {seed}, {number} of {len(config.seeds)}", flush=True)
         runs.append(train(seed, folder, config.epochs))
     print("\nevaluating", flush=True)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # small problems: threads would only wait for one another
     images, scored = (open_source("digits", split=split) for split in ("train", config.split))
     found = [
         Comparison(images, scored, SIZE, seed).everything(str(run / CHECKPOINT), read_run(run).about["config"])

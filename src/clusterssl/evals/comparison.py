@@ -66,7 +66,10 @@ class Comparison:
         return self._scores(model.backbone, Embedding(model))
 
     def untrained(self, config: Mapping[str, Any]) -> dict[str, Scores]:
-        """Scores of the network that a run's configuration describes, as it was before training, in four readings."""
+        """Scores of the network that a run's configuration describes, as it was before training, in four readings.
+
+        Labels are always used on the backbone's features, which serve them better than an untrained head's output.
+        """
         torch.manual_seed(config["seed"])
         stem = resolve_stem(config["stem"], max(self.size))
         network = ("hidden_mlp", "feat_dim", "nmb_prototypes")
@@ -76,8 +79,10 @@ class Comparison:
             if state != "as initialised":
                 batches = eval_batches(self.train, image_size=self.size, batch_size=BATCH)
                 calibrate_batchnorm(embedding, (batch.images for batch in batches))
-            found[f"{state}, features"] = self._scores(model.backbone, model.backbone)
-            found[f"{state}, embedding"] = self._scores(embedding, embedding)
+            scores = self._scores(model.backbone, model.backbone)
+            clusters = unlabelled_scores(*self._features(embedding, self.test), seed=self.seed)
+            found[state] = scores
+            found[f"{state}, clusters of the embedding"] = scores | clusters
         return found
 
     def everything(self, checkpoint: str, config: Mapping[str, Any]) -> dict[str, Scores]:

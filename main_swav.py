@@ -68,7 +68,7 @@ class Config:
 
 
 DIGITS = Config(
-    options.DIGITS_DATA, options.DIGITS_MODEL, SwAVOptions(nmb_prototypes=30, freeze_prototypes_niters=0),
+    options.DIGITS_DATA, options.DIGITS_MODEL, SwAVOptions(nmb_prototypes=60, freeze_prototypes_niters=0),
     AssignmentOptions(epsilon=0.03), options.DIGITS_OPTIM, RunOptions(dump_path="runs/swav_digits"),
 )  # fmt: skip
 

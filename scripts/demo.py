@@ -9,6 +9,7 @@ held back from all tuning; the labels of "train" images serve the probes only.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -63,7 +64,9 @@ def train(seed: int, folder: Path, epochs: int) -> Path:
     """Run main_swav.py in a process of its own; returns the run directory."""
     run = folder / f"seed-{seed}"
     command = [sys.executable, str(ROOT / "main_swav.py"), "--seed", str(seed), "--dump_path", str(run)]
-    code = subprocess.run([*command, *(["--epochs", str(epochs)] if epochs else [])], check=False).returncode
+    command += ["--epochs", str(epochs)] if epochs else []
+    env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    code = subprocess.run(command, check=False, env=env).returncode
     if code == EXIT_STOPPED:
         raise Stopped("stopped; the same command goes on from the checkpoint")
     if code == EXIT_BAD_INPUT:

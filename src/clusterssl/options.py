@@ -152,9 +152,9 @@ def num_views(data: DataOptions) -> int:
 
 
 DIGITS_DATA = DataOptions(
-    data_path="digits", size_crops=(Size(32, 32),), min_scale_crops=(0.6,), color_jitter_p=0.0, gray_p=0.0, blur_p=0.0,
-    flip_p=0.0, workers=0,
+    data_path="digits", size_crops=(Size(32, 32),), min_scale_crops=(0.4,), color_jitter=0.5, gray_p=0.0, flip_p=0.0,
+    workers=0,
 )  # fmt: skip
-"""mild crops; digits have no colour, and a flipped digit is another one"""
+"""ink and background vary and strokes blur, but there is no colour, and a flipped digit is another one"""
 DIGITS_MODEL = ModelOptions(arch="conv4", hidden_mlp=128, feat_dim=32)
 DIGITS_OPTIM = OptimOptions(epochs=60, batch_size=100, optimizer="adamw", base_lr=3e-3, warmup_epochs=3)

@@ -81,7 +81,7 @@ def untrained(flags: dict, about: dict, options: Options, seed: int) -> list[Pat
     raw = save(model, folder / f"untrained-{seed}", about)
     source = open_source(options.data_path, split="train")
     batches = eval_batches(source, range(0, len(source), 10), image_size=SIZE, batch_size=500)
-    calibrate_batchnorm(model, (batch.images for batch in batches))
+    calibrate_batchnorm(model.backbone, (batch.images for batch in batches))
     return [raw, save(model, folder / f"calibrated-{seed}", about)]
 
 
@@ -142,7 +142,7 @@ def lightly_batches(flags: dict, options: Options) -> Iterator[list[torch.Tensor
             yield views
 
 
-def scores(path: Path, options: Options, epochs: int = 30) -> dict[str, float]:
+def scores(path: Path, options: Options, epochs: int = 10) -> dict[str, float]:
     """k-NN and linear accuracy by our evaluation scripts."""
     found = {}
     for script, more in (("eval_knn", ["--nb_knn", str(K)]), ("eval_linear", ["--epochs", str(epochs)])):

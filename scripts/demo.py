@@ -39,7 +39,8 @@ MEASURES = {
     "hungarian": "accuracy of clusters",
 }  # fmt: skip
 NOTE = (
-    "Percent, mean ± deviation over seeds, on images that training never saw. Clusters are k-means of their embedding, "
+    "Percent, mean ± deviation over seeds, on images that training never saw; the test split was held back from all "
+    "tuning, too. Clusters are k-means of their embedding, "
     "found without labels, their accuracy after the best matching with classes (Hungarian). Untrained is, for "
     "each measure, the best of four: raw or with BatchNorm set on the data, clusters of features or of the embedding. "
     "k-NN with all labels is no argument here: raw pixels are near the ceiling already."

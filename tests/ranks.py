@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Results of `fn(rank, world_size, *args)` in rank order; `fn` is a top-level function of a test module."""
     context = mp.get_context("spawn")
-    results = context.SimpleQueue()
+    results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = (Path(folder) / "rendezvous").as_uri()
         processes = [
@@ -27,7 +27,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
         ]
         for process in processes:
             process.start()
-        answers = dict(results.get() for _ in processes)
+        answers = dict(results.get(timeout=300) for _ in processes)  # a rank that died cannot answer
         for process in processes:
             process.join(timeout=60)
     failures = [f"rank {rank}:\n{value[1]}" for rank, value in sorted(answers.items()) if value[0] == "error"]

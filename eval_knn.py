@@ -25,6 +25,7 @@ from clusterssl.dist import World
 from clusterssl.evals import inputs
 from clusterssl.evals.features import extract
 from clusterssl.evals.knn import check_flags, knn_accuracy, memory_mib
+from clusterssl.log import log_to_screen
 
 logger = logging.getLogger("clusterssl.eval_knn")
 
@@ -93,7 +94,7 @@ def report(config: Config, network: inputs.Network, table: dict[int, tuple[float
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
     world = dist.join(device=config.launch.device, dist_url=config.launch.dist_url)
-    inputs.log_to_screen(world)
+    log_to_screen(world)
     train, val = inputs.open_splits(config.data)
     network = inputs.open_network(config.network, data_path=config.data.data_path, seed=config.knn.seed)
     train_features = features_of(train, network, config, world, "train")

@@ -31,6 +31,7 @@ from clusterssl.evals import inputs
 from clusterssl.evals.features import augmented_steps, extract
 from clusterssl.evals.linear import draw_labels
 from clusterssl.evals.training import ClassifierRun, SgdOptions
+from clusterssl.log import log_to_screen
 
 logger = logging.getLogger("clusterssl.eval_linear")
 
@@ -132,7 +133,7 @@ class Protocol:
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
     world = dist.join(device=config.launch.device, dist_url=config.launch.dist_url)
-    inputs.log_to_screen(world)
+    log_to_screen(world)
     train, val = inputs.open_splits(config.data)
     network = inputs.open_network(config.network, data_path=config.data.data_path, seed=config.seed)
     protocol = Protocol(config, world, network, train, val)

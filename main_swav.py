@@ -27,7 +27,7 @@ from clusterssl import config as cfg
 from clusterssl import options
 from clusterssl.batchnorm import unchanged_statistics
 from clusterssl.checkpoint import bare
-from clusterssl.cluster.online import AssignmentOptions, OnlineAssigner
+from clusterssl.cluster.online import REMEDIES, AssignmentOptions, OnlineAssigner
 from clusterssl.engine import fit
 from clusterssl.monitor import Observation
 from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, num_views
@@ -102,6 +102,7 @@ class SwAV:
         self.frozen_steps = max(o.freeze_prototypes_niters, o.freeze_prototypes_epochs * steps_per_epoch)
         self.planned: list[Tensor] = []
         self.seen: Observation | None = None
+        self.remedies = REMEDIES
 
     def begin_epoch(self, epoch: int) -> None:
         self.assigner.begin_epoch(epoch, self.prototypes.weight)

@@ -200,3 +200,12 @@ def test_a_problem_of_one_rank_ends_all_ranks(tmp_path: Path) -> None:
     assert codes == [0, 0], printed
     codes, printed = Launched("main_swav.py", *flags, "--feat_dim", "4", ranks=2).wait()
     assert codes == [2, 2] and "feat_dim was 8 and is now 4" in printed
+
+
+def test_a_rank_that_cannot_load_ends_all_ranks(tmp_path: Path) -> None:
+    """The broken images lie in one rank's share of a step only; the other rank must not wait for ever."""
+    folder = images(tmp_path / "images", 64)
+    (folder / "000.png").write_text("no image")
+    flags = [*TINY, "--data_path", str(folder), "--batch_size", "8", "--max_bad_fraction", "0.001"]
+    codes, printed = Launched("main_swav.py", *flags, "--dump_path", str(tmp_path / "run"), ranks=2).wait(120)
+    assert codes == [2, 2] and "images cannot be read" in printed, printed

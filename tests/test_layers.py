@@ -11,10 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "clusterssl"
-BASE = {"errors", "files", "dist", "config"}
+BASE = {"errors", "files", "dist", "config", "rng"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "rng": set(),
     "config": {"errors"},
     "dist": {"errors", "files"},
     "cluster": BASE,

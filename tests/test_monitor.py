@@ -68,7 +68,7 @@ def test_occupancy_counts_each_epoch_anew() -> None:
 
 
 def judged(loss: float, z: torch.Tensor, epsilon: float, times: int = 3) -> str:
-    watch = Monitor()
+    watch = Monitor("try --epsilon")
     scores = z @ F.normalize(embeddings(20)).T
     seen = Observation(z, scores, sinkhorn(scores, epsilon, 3))
     for _ in range(times):
@@ -83,8 +83,22 @@ def test_verdict_needs_evidence_loss_at_ln_k_and_patience() -> None:
     assert judged(math.log(20), one_direction, 0.05, times=2) == ""
     assert judged(math.log(20) * 0.9, one_direction, 0.05) == ""
     assert judged(math.log(20), embeddings(), 0.05) == ""
-    for remedy in ("--epsilon", "--base_lr", "--freeze_prototypes_niters", "--queue_length"):
-        assert remedy in judged(math.log(20), one_direction, 0.05)
+    assert judged(math.log(20), one_direction, 0.05).endswith("try --epsilon")
+
+
+def test_a_resumed_monitor_goes_on_where_the_saved_one_was() -> None:
+    z = embeddings()
+    scores = z @ F.normalize(embeddings(20)).T
+    seen = Observation(z, scores, sinkhorn(scores, 0.05, 3))
+    whole, first, second = Monitor(), Monitor(), Monitor()
+    for watch in (whole, first):
+        watch.observe(seen)
+        watch.measure(math.log(20), seen)
+    second.load_state_dict(first.state_dict())
+    for watch in (whole, second):
+        watch.observe(seen)
+    assert second.epoch_occupancy() == whole.epoch_occupancy() and sum(second.epoch_occupancy()) == 0
+    assert second.state_dict()["untrained"] == whole.state_dict()["untrained"]
 
 
 def test_assignments_that_get_sharper_again_are_no_collapse() -> None:
@@ -114,4 +128,4 @@ def test_a_learning_run_is_never_named(tmp_path: Path) -> None:
     codes, printed = Launched("main_swav.py", "--epochs", "10", "--dump_path", str(tmp_path)).wait()
     assert codes == [0] and "collapse" not in printed
     records = [record for record in metrics(tmp_path) if "step" in record]
-    assert records[-1]["loss"] < 0.6 * records[-1]["ln_k"] and records[-1]["dead_share"] < 0.2
+    assert records[-1]["loss"] < 0.75 * records[-1]["ln_k"] and records[-1]["dead_share"] < 0.2

@@ -70,14 +70,15 @@ def test_a_signal_to_any_rank_saves_and_exits_with_75(number: signal.Signals, ra
 
 def test_stopped_by_a_signal_and_resumed_ends_with_the_same_weights(tmp_path: Path) -> None:
     finish(tmp_path / "whole", 1, "16")
-    folder = tmp_path / "stopped"
-    for _ in range(3):  # a fast run may end before the signal arrives
+    for attempt in range(5):  # a fast run may end before the signal arrives
+        folder = tmp_path / f"stopped{attempt}"
         launched = Launched("main_swav.py", *FLAGS, "16", "--dump_path", str(folder))
         wait_for_step(folder, 2, launched)
         launched.send(signal.SIGTERM)
         codes, _ = launched.wait()
         if codes == [75]:
             break
+    assert codes == [75], "no run was stopped: nothing was tested"
     finish(folder, 1, "16")
     expected, ours = weights(tmp_path / "whole"), weights(folder)
     assert all(torch.equal(ours[name], value) for name, value in expected.items())

@@ -71,6 +71,7 @@ def follow(rank: int, world_size: int, case: str) -> dict[str, float]:
 
     def compare(name: str, ours: Tensor, step: int) -> None:
         expected = torch.as_tensor(GOLDEN[f"{case}_{name}{end}"][step])
+        assert torch.isfinite(ours).all(), name
         worst[name] = max(worst[name], float((ours.detach() - expected).abs().max()))
 
     for step in range(given["iterations"]):

@@ -70,7 +70,10 @@ def load(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, method: S
     state = run.load()
     if state is not None:
         load_published(bare(model), state["state_dict"])
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # a flag of this start, not of the checkpoint
         method.load_state_dict({**state["method_state"], "sharded": state["sharded"]})
     return state
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,39 +17,13 @@ from clusterssl import checkpoint, dist
 from clusterssl.data import Augment, BadImages, Batch, Loader
 from clusterssl.dist import World
 from clusterssl.errors import Stopped, UserError
-from clusterssl.monitor import Monitor, Observation
+from clusterssl.method import Crops, Method
+from clusterssl.monitor import Monitor
 from clusterssl.preemption import StopRequest, requeue
 from clusterssl.progress import Progress
 from clusterssl.run import Run
 
 logger = logging.getLogger(__name__)
-
-Crops = list[Tensor]
-
-
-class Method(Protocol):
-    """What distinguishes one method from another, called by `fit` in this order."""
-
-    seen: Observation | None
-    """of the last loss, for the monitor"""
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Before the first step of an epoch: cluster the memory, solve the assignment, start a queue."""
-
-    def begin_step(self, micro_batches: Iterator[Crops]) -> None:
-        """With --accumulate above 1 only: look at the crops of the whole step before its losses are computed."""
-
-    def loss(self, crops: Crops, index: Tensor) -> Tensor:
-        """Scalar loss of one (micro-)batch. crops: V tensors B x 3 x H x W; index: B dataset positions, int64."""
-
-    def before_step(self, step: int) -> None:
-        """After backward, before the optimiser: for instance freeze prototypes."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and replicated tensors; tensors split over ranks along dimension 0 under the key "sharded"."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave, re-split for this number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +31,6 @@ class Schedule:
     """How long `fit` trains and when it looks up from training."""
 
     epochs: int
-    accumulate: int
     learning_rate: Callable[[int], float]
     """of an optimiser step, counted from 0"""
     seed: int
@@ -119,7 +92,7 @@ class _Training:
     def __init__(self, parts: Parts, request: StopRequest) -> None:
         self.parts, self.request = parts, request
         self.scaler = parts.precision.scaler(parts.world.device)
-        self.monitor = Monitor()
+        self.monitor = Monitor(parts.method.remedies)
         self.bad = BadImages(
             parts.loader.source, parts.run.folder / "bad_images.txt", max_bad_fraction=parts.schedule.max_bad_fraction
         )
@@ -147,9 +120,10 @@ class _Training:
     def epoch(self, epoch: int) -> None:
         method, start = self.parts.method, self.step % self.steps_per_epoch
         if start == 0:
+            self.seed()
             method.begin_epoch(epoch)
         self.parts.model.train()
-        for batches in self.progress.timed(self.parts.loader.epoch(epoch, start)):
+        for batches in self.progress.timed(self.batches(epoch, start)):
             self.one_step(batches)
             last = self.step % self.steps_per_epoch == 0
             if last or self.step % self.log_every() == 0:
@@ -167,8 +141,7 @@ class _Training:
         rate = parts.schedule.learning_rate(self.step)
         for group in parts.optimizer.param_groups:
             group["lr"] = rate
-        # Dropout and the like depend on the step alone, so that a resumed run repeats them.
-        torch.manual_seed(parts.schedule.seed * 1_000_003 + self.step)
+        self.seed()
         if len(batches) > 1:
             with parts.precision.autocast(parts.world.device):
                 parts.method.begin_step(self.crops(batch) for batch in batches)
@@ -186,6 +159,27 @@ class _Training:
         self.scaler.update()
         parts.optimizer.zero_grad(set_to_none=True)
         self.keep_count(step_loss)
+
+    def seed(self) -> None:
+        """Make what torch draws from here on depend on the step alone, so that a resumed run repeats it."""
+        torch.manual_seed(self.parts.schedule.seed * 1_000_003 + self.step)
+
+    def batches(self, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """Steps of an epoch; a rank that cannot load goes on with old images until all ranks have agreed to stop."""
+        source, last = self.parts.loader.epoch(epoch, start), None
+        while True:
+            try:
+                last = next(source)
+            except StopIteration:
+                return
+            except UserError as error:
+                if last is None:
+                    raise
+                self.problem = str(error)
+                yield last
+                yield last  # the agreement is one step late
+                raise
+            yield last
 
     def crops(self, batch: Batch) -> Crops:
         crops = self.parts.augment(batch.crops, batch.params, self.parts.world.device)
@@ -265,8 +259,7 @@ class _Training:
 
     def stop(self) -> None:
         self.agreement.finish()
-        if self.parts.world.is_main:
-            requeue()
+        requeue(self.request.received)
         name = self.request.received or "a signal to another rank"
         raise Stopped(f"stopped by {name} after step {self.step} of {self.total}; the same command continues there")
 
@@ -275,6 +268,7 @@ class _Training:
         state = {"epoch": self.step // self.steps_per_epoch, "scaler": self.scaler.state_dict()}
         state["loss_sum"] = float(dist.all_reduce_(self.loss_sum.clone(), "mean"))
         state["model"] = self.parts.record
+        state["monitor"] = self.monitor.state_dict()
         checkpoint.save(
             self.parts.run, self.parts.model, self.parts.optimizer, self.parts.method, state, self.step, keep_as
         )
@@ -284,7 +278,9 @@ class _Training:
         state = checkpoint.load(self.parts.run, self.parts.model, self.parts.optimizer, self.parts.method)
         if state is None:
             return
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():  # the precision may differ from the first start's
+            self.scaler.load_state_dict(state["scaler"])
+        self.monitor.load_state_dict(state["monitor"])
         self.step = state["step"]
         self.loss_sum.fill_(state["loss_sum"])
         epoch, within = divmod(self.step, self.steps_per_epoch)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ class Occupancy:
 
     def __init__(self) -> None:
         self._counts_K: Tensor | None = None
+        self._carried_K: Tensor | None = None
 
     @torch.no_grad()
     def add(self, scores_NK: Tensor) -> None:
@@ -70,10 +71,18 @@ class Occupancy:
 
     def total(self) -> Tensor | None:
         """Counts [K] over all ranks, int64 on the CPU; None before the first `add`."""
-        return None if self._counts_K is None else dist.all_reduce_(self._counts_K.clone()).cpu()
+        if self._counts_K is None:
+            return self._carried_K
+        counted_K = dist.all_reduce_(self._counts_K.clone()).cpu()
+        return counted_K if self._carried_K is None else counted_K + self._carried_K
+
+    def carry(self, counts_K: Tensor) -> None:
+        """Add counts [K] over all ranks from before an interruption."""
+        self._carried_K = counts_K
 
     def reset(self) -> None:
         """Begin to count anew."""
+        self._carried_K = None
         if self._counts_K is not None:
             self._counts_K.zero_()
 
@@ -93,8 +102,8 @@ class Monitor:
     epsilon 0.05 and 0.67 ln K with 0.03; learning lowers it, collapsing raises it.
     """
 
-    def __init__(self, *, patience: int = 3) -> None:
-        self.patience = patience
+    def __init__(self, remedies: str = "", *, patience: int = 3) -> None:
+        self.remedies, self.patience = remedies, patience
         self.verdict = ""
         self._suspect = 0
         self._first_suspected = 0.0
@@ -130,6 +139,24 @@ class Monitor:
         self._epoch.reset()
         return [] if counts_K is None else counts_K.tolist()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from; a collective call."""
+        counts_K = self._epoch.total()
+        return {
+            "verdict": self.verdict,
+            "suspect": self._suspect,
+            "first_suspected": self._first_suspected,
+            "untrained": self._untrained,
+            "occupancy": [] if counts_K is None else counts_K.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.verdict, self._suspect = state["verdict"], state["suspect"]
+        self._first_suspected, self._untrained = state["first_suspected"], state["untrained"]
+        if state["occupancy"]:
+            self._epoch.carry(torch.tensor(state["occupancy"]))
+
     def _judge(self, loss: float, numbers: dict[str, float]) -> None:
         if self._untrained is None:
             self._untrained = numbers["entropy"]
@@ -142,10 +169,7 @@ class Monitor:
         self._suspect += bool(evidence)
         if self._suspect < self.patience or self.verdict:
             return
-        self.verdict = (
-            f"collapse: {evidence}. Try a smaller --epsilon (0.03), a lower --base_lr or another --optimizer, "
-            "longer --freeze_prototypes_niters, softer augmentation, or a --queue_length when the batch is small"
-        )
+        self.verdict = f"collapse: {evidence}. {self.remedies}".strip()
         logger.warning("%s", self.verdict)
 
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 from types import FrameType
 
+from clusterssl import dist
+
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -39,15 +41,22 @@ class StopRequest:
         self.received = signal.Signals(number).name
 
 
-def requeue() -> bool:
-    """Ask Slurm to put this job back into its queue; False outside a Slurm step or when Slurm declines."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None or "SLURM_STEP_ID" not in os.environ:
-        return False
+def requeue(received: str) -> None:
+    """Rank 0 asks Slurm to put this job back into its queue, while the other ranks wait; nothing outside a Slurm step.
+
+    They wait because a rank that leaves early may make srun kill the step, and with it the request. After a Ctrl-C
+    nobody wants the job back.
+    """
+    wanted = dist.broadcast_object(received != "SIGINT" and "SLURM_STEP_ID" in os.environ)
+    if wanted and dist.rank() == 0:
+        _ask_slurm(os.environ["SLURM_JOB_ID"])
+    dist.barrier()
+
+
+def _ask_slurm(job: str) -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("Slurm did not requeue job %s: %s", job, error)
-        return False
-    logger.info("Slurm requeues job %s", job)
-    return True
+    else:
+        logger.info("Slurm requeues job %s", job)

@@ -21,11 +21,12 @@ from clusterssl.config import command, gives, plain
 from clusterssl.data import Augment, Loader, MultiCrop, open_source
 from clusterssl.dist import World
 from clusterssl.engine import Method, Parts, Precision, Schedule
+from clusterssl.log import log_to_screen
 from clusterssl.models.build import MultiCropNet, build_model, check_crop_sizes, resolve_stem
 from clusterssl.models.weights import init_model
 from clusterssl.optim import build_optimizer, warmup_cosine
 from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, num_views
-from clusterssl.run import Run, log_to_screen
+from clusterssl.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ FREE = frozenset(
     ["data_path", "workers", "max_bad_fraction", "batch_size", "accumulate", "epochs", "base_lr", "final_lr", "wd",
      "warmup_epochs", "start_warmup", "init", "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq",
      "stop_on_collapse", "device", "dist_url", "timeout_minutes", "world_size", "rank", "local_rank", "channels_last",
-     "compile", "syncbn_process_group_size"]
+     "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -153,9 +154,9 @@ def _model(config: PretrainConfig, nmb_prototypes: int | tuple[int, ...], world:
 def _precision(config: PretrainConfig, world: World) -> Precision:
     if not config.model.use_fp16 or world.device.type != "cuda":
         return Precision()
-    if config.model.amp_dtype == "bf16" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return Precision(torch.bfloat16)
-    return Precision(torch.float16)
+    bf16 = torch.tensor(int(torch.cuda.is_bf16_supported(including_emulation=False)))
+    everywhere = bool(dist.all_reduce_(bf16, "min"))  # ranks must not mix formats
+    return Precision(torch.bfloat16 if config.model.amp_dtype == "bf16" and everywhere else torch.float16)
 
 
 def _schedule(config: PretrainConfig, loader: Loader) -> Schedule:
@@ -168,7 +169,7 @@ def _schedule(config: PretrainConfig, loader: Loader) -> Schedule:
         )  # fmt: skip
 
     return Schedule(
-        epochs=optim.epochs, accumulate=optim.accumulate, learning_rate=rate, seed=run.seed, log_freq=run.log_freq,
+        epochs=optim.epochs, learning_rate=rate, seed=run.seed, log_freq=run.log_freq,
         checkpoint_freq=run.checkpoint_freq, checkpoint_minutes=run.checkpoint_minutes,
         stop_on_collapse=run.stop_on_collapse, max_bad_fraction=config.data.max_bad_fraction,
     )  # fmt: skip

@@ -31,6 +31,7 @@ from clusterssl import dist
 from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.files import atomic_write, first_line, read_checkpoint, save_checkpoint
+from clusterssl.log import log_to_file
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Run:
         self.folder = Path(folder)
         self.world = world
         self._metrics: IO[str] | None = None
+        self._saved_step = -1
 
     def open(self, method: str, config: dict[str, Any], facts: dict[str, Any], fixed: frozenset[str]) -> None:
         """Check that the directory is this run's or free, then record this start.
@@ -71,7 +73,7 @@ class Run:
         problem = dist.broadcast_object(problem)
         if problem:
             raise UserError(problem)
-        _log_to(self.folder / "train.log", self.world)
+        log_to_file(self.folder / "train.log", self.world)
         for line in changed:
             logger.info("%s", line)
 
@@ -104,6 +106,8 @@ class Run:
 
     def _record_start(self, method: str, config: dict[str, Any], facts: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".*.tmp"):  # of a save that a kill interrupted
+            leftover.unlink(missing_ok=True)
         start = {
             "time": time.time(),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -192,10 +196,10 @@ class Run:
 
     def _prune(self, step: int) -> None:
         """Remove shards that neither the current nor the previous checkpoint needs."""
-        steps = sorted({int(path.name.split(".")[1][4:]) for path in self.folder.glob("checkpoint.step*.rank*.pth")})
-        for old in [number for number in steps if number < step][:-1]:
-            for path in self.folder.glob(f"checkpoint.step{old}.rank*.pth"):
+        for path in self.folder.glob("checkpoint.step*.rank*.pth"):
+            if int(path.name.split(".")[1][4:]) not in (step, self._saved_step):
                 path.unlink(missing_ok=True)
+        self._saved_step = step
 
     def load(self) -> dict[str, Any] | None:
         """The newest readable checkpoint with this rank's rows of its sharded tensors under "sharded", or None.
@@ -209,7 +213,11 @@ class Run:
         name, problem = dist.broadcast_object(found)
         if problem:
             raise UserError(problem)
-        return self._read(self.folder / name) if name else None
+        if not name:
+            return None
+        state = self._read(self.folder / name)
+        self._saved_step = state["step"]
+        return state
 
     def _newest_readable(self) -> tuple[str, str]:
         problems = []
@@ -232,13 +240,22 @@ class Run:
         state = read_checkpoint(path)
         if "step" not in state or "shards" not in state:
             raise UserError(f"{path}: a checkpoint of another program; use --init to start from its weights")
-        parts = [read_checkpoint(self._shard(state["step"], rank, state["shards"])) for rank in range(state["shards"])]
-        state["sharded"] = {}
-        for name in parts[0] if parts else ():
-            rows = torch.cat([part[name] for part in parts])
-            each = rows.shape[0] // self.world.size
-            state["sharded"][name] = rows[self.world.rank * each : (self.world.rank + 1) * each]
+        state["sharded"] = self._my_shard(state["step"], state["shards"])
         return state
+
+    def _my_shard(self, step: int, shards: int) -> dict[str, Tensor]:
+        """This rank's rows of what was split over `shards` ranks."""
+        if shards in (0, self.world.size):
+            return read_checkpoint(self._shard(step, self.world.rank, shards)) if shards else {}
+        parts = [read_checkpoint(self._shard(step, rank, shards)) for rank in range(shards)]
+        mine = {}
+        for name in parts[0]:
+            rows = torch.cat([part[name] for part in parts])
+            if len(rows) % self.world.size:
+                raise UserError(f"{self.folder}: its checkpoint cannot be split over {self.world.size} ranks")
+            each = len(rows) // self.world.size
+            mine[name] = rows[self.world.rank * each : (self.world.rank + 1) * each]
+        return mine
 
     def close(self) -> None:
         """Close the metrics file."""
@@ -268,24 +285,3 @@ def _git() -> dict[str, Any] | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"sha": sha.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
-
-
-def log_to_screen(world: World) -> logging.Logger:
-    """Rank 0 shows everything, other ranks only warnings, with their rank; returns the package's logger."""
-    package = logging.getLogger("clusterssl")
-    for handler in list(package.handlers):
-        package.removeHandler(handler)
-    package.setLevel(logging.INFO if world.is_main else logging.WARNING)
-    package.propagate = False
-    screen = logging.StreamHandler(sys.stdout)
-    screen.setFormatter(logging.Formatter("%(message)s" if world.is_main else f"rank {world.rank}: %(message)s"))
-    package.addHandler(screen)
-    return package
-
-
-def _log_to(path: Path, world: World) -> None:
-    package = log_to_screen(world)
-    if world.is_main:
-        file = logging.FileHandler(path)
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        package.addHandler(file)

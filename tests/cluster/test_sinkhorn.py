@@ -43,6 +43,7 @@ def two_ranks_golden(rank: int, world_size: int) -> list[float]:
             case, _, eps, iterations, _ = key.split("_")
             scores = torch.from_numpy(GOLDEN[f"{case}_scores_r{rank}"])
             ours = sinkhorn(scores, float(eps[3:]), int(iterations[2:]), bound=1.0)
+            assert torch.isfinite(ours).all()
             errors.append(float((ours - torch.from_numpy(GOLDEN[key])).abs().max()))
     return errors
 

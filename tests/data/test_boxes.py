@@ -14,7 +14,7 @@ from torchvision.transforms import functional as TF
 
 from clusterssl.data.boxes import BOX_SLOTS, TRIES, random_boxes, resized_crop
 from clusterssl.data.decode import decode_file
-from clusterssl.data.rng import Stream, uniform
+from clusterssl.rng import Stream, uniform
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "multicrop.npz"
 

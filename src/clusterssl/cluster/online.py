@@ -43,6 +43,13 @@ class AssignmentOptions:
         require(self.queue_length >= 0, f"--queue_length {self.queue_length}: must not be negative")
 
 
+REMEDIES = (
+    "Try a smaller --epsilon (0.03), a lower --base_lr or another --optimizer, longer --freeze_prototypes_niters, "
+    "softer augmentation (--color_jitter), or a --queue_length when the batch is small"
+)
+"""against a collapse of online assignments"""
+
+
 def usable_queue_length(asked: int, step_images: int) -> int:
     """The largest multiple of a step's images (over all ranks) that is no longer than `asked`.
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clusterssl.data.rng import Stream, uniform
 from clusterssl.errors import UserError
+from clusterssl.rng import Stream, uniform
 
 DIGIT_SPLITS = {"train": (0, 1000), "val": (1000, 1300), "test": (1300, 1797)}
 """Rows of the fixed stratified order: training, tuning, and what is held back from all tuning."""

@@ -24,7 +24,7 @@ from clusterssl.errors import UserError
 Key = tuple[int, int]
 """(epoch, dataset position): what a sampler asks for."""
 
-MAX_NEIGHBOURS = 64
+MAX_NEIGHBOURS = 2000
 _DECODED_BYTES = 2 * 2**20  # decoded images kept at a time: what a cache holds, and enough small ones
 
 
@@ -55,7 +55,7 @@ def load_or_neighbour(source: Source, i: int) -> tuple[Tensor, list[tuple[int, s
             return source.load(at), bad
         except BadImageError as error:
             bad.append((at, str(error)))
-    raise UserError(f"{tries} unreadable images in a row from {source.name(i)} on ({bad[0][1]}): check data_path")
+    raise UserError(f"{tries} unreadable images in a row from {source.name(i)} on ({bad[0][1]}); repair or remove them")
 
 
 class MultiCropDataset(Dataset[Batch]):

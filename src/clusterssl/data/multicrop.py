@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from clusterssl.data.boxes import BOX_SLOTS, random_boxes
 from clusterssl.data.params import AUGMENT_SLOTS, Strengths, per_view
-from clusterssl.data.rng import Stream, uniform
 from clusterssl.errors import UserError
+from clusterssl.rng import Stream, uniform
 
 
 class CropParams(NamedTuple):

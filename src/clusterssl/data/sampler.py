@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from clusterssl.data.rng import Stream, permutation
+from clusterssl.rng import Stream, permutation
 
 Key = tuple[int, int]
 

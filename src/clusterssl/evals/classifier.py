@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clusterssl import dist
-from clusterssl.data.rng import Stream, permutation
 from clusterssl.errors import UserError
+from clusterssl.rng import Stream, permutation
 
 _SPATIAL_POOL = 6
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from clusterssl import dist
 from clusterssl.config import gives, require
 from clusterssl.data import open_source
 from clusterssl.data.source import Source
-from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.files import first_line
 from clusterssl.models.build import build_backbone, resolve_stem
@@ -221,14 +219,3 @@ def _untimed(line: str) -> dict[str, Any]:
         return {key: value for key, value in json.loads(line).items() if key != "time"}
     except (ValueError, AttributeError):  # a line cut short by a kill
         return {}
-
-
-def log_to_screen(world: World) -> None:
-    """Rank 0 writes all lines of the package to the screen, other ranks only warnings."""
-    package = logging.getLogger("clusterssl")
-    package.handlers.clear()
-    package.setLevel(logging.INFO if world.is_main else logging.WARNING)
-    package.propagate = False
-    screen = logging.StreamHandler(sys.stdout)
-    screen.setFormatter(logging.Formatter("%(message)s" if world.is_main else f"rank {world.rank}: %(message)s"))
-    package.addHandler(screen)

@@ -154,7 +154,6 @@ class ClassifierRun:
         asked = int(dist.all_reduce_(torch.tensor(int(bool(request.received))), "max"))
         if not asked or done == epochs:
             return
-        if self.world.is_main:
-            requeue()
+        requeue(request.received)
         name = request.received or "a signal to another rank"
         raise Stopped(f"stopped by {name} after epoch {done} of {epochs}; the same command continues there")

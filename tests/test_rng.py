@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from clusterssl.data.rng import Stream, permutation, uniform
+from clusterssl.rng import Stream, permutation, uniform
 
 
 def test_rows_depend_on_their_own_key_only() -> None:

@@ -1,0 +1,31 @@
+"""Where the package's log lines go."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from clusterssl.dist import World
+
+
+def log_to_screen(world: World) -> logging.Logger:
+    """Rank 0 shows everything, other ranks only warnings, with their rank; returns the package's logger."""
+    package = logging.getLogger("clusterssl")
+    for handler in list(package.handlers):
+        package.removeHandler(handler)
+    package.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    package.propagate = False
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setFormatter(logging.Formatter("%(message)s" if world.is_main else f"rank {world.rank}: %(message)s"))
+    package.addHandler(screen)
+    return package
+
+
+def log_to_file(path: Path, world: World) -> None:
+    """As `log_to_screen`, and rank 0 also appends everything to a file."""
+    package = log_to_screen(world)
+    if world.is_main:
+        file = logging.FileHandler(path)
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        package.addHandler(file)

@@ -162,6 +162,7 @@ def scores(path: Path, options: Options, epochs: int = 10) -> dict[str, float]:
     for script, more in (("eval_knn", ["--nb_knn", str(K)]), ("eval_linear", ["--epochs", str(epochs)])):
         folder = path.parent / script
         command = [sys.executable, str(ROOT / f"{script}.py"), "--data_path", options.data_path, "--device", "cpu"]
+        command += ["--workers", "0"]
         subprocess.run(
             [*command, "--pretrained", str(path), "--dump_path", str(folder), *more],
             check=True,
@@ -195,16 +196,19 @@ def main() -> None:
         )
         for name, found in rows.items():
             print(seed, name, {key: round(value, 2) for key, value in found[-1].items()}, flush=True)
+        report(options, rows)
+
+
+def report(options: Options, rows: dict[str, list[dict]]) -> None:
+    """Print the means so far and write them down."""
     knn = {name: mean(one["eval_knn"] for one in found) for name, found in rows.items()}
     linear = {name: mean(one["eval_linear"] for one in found) for name, found in rows.items()}
-    raw = pixels(options)
-    print(f"\nCIFAR-10, mean of {len(options.seeds)} seeds   k-NN (k = {K})   linear\nraw pixels   {raw:8.1f}")
+    raw, count = pixels(options), len(rows["ours"])
+    print(f"\nCIFAR-10, mean of {count} seeds   k-NN (k = {K})   linear\nraw pixels   {raw:8.1f}")
     for name in rows:
         print(f"{name:12} {knn[name]:8.1f} {linear[name]:16.1f}")
-    write_result(
-        Path(options.out),
-        {"recipe": options.recipe, "k": K, "pixels_knn": raw, "mean_knn": knn, "mean_linear": linear, "seeds": rows},
-    )
+    means = {"pixels_knn": raw, "mean_knn": knn, "mean_linear": linear}
+    write_result(Path(options.out), {"recipe": options.recipe, "k": K, **means, "seeds": dict(rows)})
 
 
 if __name__ == "__main__":

@@ -60,10 +60,10 @@ class Config:
     run: RunOptions = RunOptions()
 
     def __post_init__(self) -> None:
-        views, words = num_views(self.data), " ".join(map(str, self.swav.crops_for_assign))
-        fits = all(0 <= crop < views for crop in self.swav.crops_for_assign)
+        views = num_views(self.data)
         cfg.require(views > 1, f"--nmb_crops {views}: SwAV compares views, it needs at least 2 crops")
-        cfg.require(fits, f"--crops_for_assign {words}: there are {views} crops, use numbers 0 to {views - 1}")
+        options.require_crops(self.swav.crops_for_assign, views)
+        cfg.require(self.swav.temperature > 0, f"--temperature {self.swav.temperature}: must be positive")
         cfg.require(self.swav.nmb_prototypes > 1, "--nmb_prototypes: must be at least 2")
 
 

@@ -68,7 +68,13 @@ def assert_refused(ended: Ended, *words: str) -> None:
         ("--epochs 0", ["--epochs 0"]),
         ("--nmb_prototypes 1", ["--nmb_prototypes"]),
         ("--epsilon 0", ["--epsilon 0.0"]),
-        ("--warmup_epochs 9", ["--warmup_epochs 9"]),
+        ("--warmup_epochs -1", ["--warmup_epochs -1"]),
+        ("--temperature 0", ["--temperature 0"]),
+        ("--base_lr nan", ["--base_lr nan"]),
+        ("--sync_bn appex", ["--sync_bn appex", "apex"]),
+        ("--seed 99999999999999999999", ["--seed"]),
+        ("--crops_for_assign 0 0", ["--crops_for_assign 0 0", "once"]),
+        ("--epochs two", ["'two' is not a whole number"]),
         ("--nmb_crops 1 0", ["--nmb_crops"]),
     ],
 )
@@ -107,12 +113,14 @@ class Malicious:
         return os.system, ("touch /tmp/clusterssl-was-here",)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "foreign", "malicious", "empty", "list"])
+@pytest.mark.parametrize("kind", ["not finite", "truncated", "foreign", "malicious", "empty", "list"])
 def test_bad_checkpoints_are_refused_and_never_run(swav, tmp_path: Path, kind: str) -> None:
     path, trace = tmp_path / "weights.pth", Path("/tmp/clusterssl-was-here")
     trace.unlink(missing_ok=True)
     torch.save({"state_dict": {"module.conv1.weight": torch.zeros(100, 100)}}, path)
-    if kind == "truncated":
+    if kind == "not finite":
+        torch.save({"state_dict": {"module.conv1.weight": torch.full((4, 3, 3, 3), torch.nan)}}, path)
+    elif kind == "truncated":
         path.write_bytes(path.read_bytes()[:10000])
     elif kind == "foreign":
         path.write_text("<html>not found</html>")
@@ -124,6 +132,17 @@ def test_bad_checkpoints_are_refused_and_never_run(swav, tmp_path: Path, kind: s
         torch.save([1, 2], path)
     assert_refused(swav("--init", str(path)), str(path))
     assert not trace.exists() and not (tmp_path / "run").exists()
+
+
+def test_a_record_of_another_program_is_refused(swav, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert_refused(swav(), "run.json", "another program", "--dump_path")
+
+
+def test_a_run_shorter_than_the_warm_up_says_what_it_does(swav) -> None:
+    ended = swav("--batch_size", "16", "--epochs", "1", "--warmup_epochs", "10")
+    assert ended.code == 0 and "--warmup_epochs 10: longer than the run, using 0" in ended.out
 
 
 def test_a_malicious_checkpoint_in_the_run_folder_is_refused(swav, tmp_path: Path) -> None:

@@ -82,7 +82,11 @@ def check_weights(model: nn.Module, run: Run, step: int) -> None:
     """Never let a checkpoint of weights that are not finite replace a good one."""
     norms = torch._foreach_norm([p.detach() for p in model.parameters()])
     if not bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
-        raise UserError(
-            f"weights were not finite after step {step - 1}; the last good checkpoint in {run.folder} is kept: start "
-            "again from it with a lower --base_lr or --use_fp16 false"
-        )
+        raise UserError(f"weights were not finite after step {step - 1}; {way_back(run)}")
+
+
+def way_back(run: Run) -> str:
+    """What a user can do when a run diverged."""
+    kept = run.has_checkpoint()
+    where = f"the last good checkpoint in {run.folder} is kept, go on from it" if kept else "start again"
+    return f"{where} with a lower --base_lr or a longer --warmup_epochs (on a GPU also --use_fp16 false)"

@@ -164,7 +164,10 @@ def _boolean(word: str) -> bool:
 
 def _whole_number(word: str) -> int:
     """Also reads 1e10, as SwAV's published default of a whole-number flag is written."""
-    number = float(word)
+    try:
+        number = float(word)
+    except ValueError:
+        number = float("nan")
     if not number.is_integer():
         raise argparse.ArgumentTypeError(f"{word!r} is not a whole number")
     return int(word) if word.lstrip("+-").isdigit() else int(number)

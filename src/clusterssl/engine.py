@@ -209,10 +209,7 @@ class _Training:
     def check_finite(self) -> None:
         bad_step = int(dist.all_reduce_(self.first_bad_step.clone(), "max"))
         if bad_step >= 0:
-            raise UserError(
-                f"the loss was not finite at step {bad_step}; the last good checkpoint in {self.parts.run.folder} is "
-                "kept: start again from it with a lower --base_lr, a longer warm-up, or --use_fp16 false"
-            )
+            raise UserError(f"the loss was not finite at step {bad_step}; {checkpoint.way_back(self.parts.run)}")
 
     def log(self, epoch: int) -> None:
         self.check_finite()

@@ -18,6 +18,7 @@ def log_to_screen(world: World) -> logging.Logger:
     package.propagate = False
     screen = logging.StreamHandler(sys.stdout)
     screen.setFormatter(logging.Formatter("%(message)s" if world.is_main else f"rank {world.rank}: %(message)s"))
+    screen.addFilter(lambda record: not getattr(record, "file_only", False))
     package.addHandler(screen)
     return package
 

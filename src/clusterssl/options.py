@@ -51,6 +51,8 @@ class DataOptions:
         for low, high in zip(self.min_scale_crops, self.max_scale_crops, strict=True):
             require(0 < low <= high <= 1, f"--min_scale_crops {low} --max_scale_crops {high}: need 0 < min <= max <= 1")
         require(self.workers >= 0, f"--workers {self.workers}: must not be negative")
+        share = self.max_bad_fraction
+        require(0 <= share <= 1, f"--max_bad_fraction {share}: must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ class ModelOptions:
     compile: bool = False
     """compile the backbone with torch.compile"""
 
+    def __post_init__(self) -> None:
+        known = ("pytorch", "apex", "none")
+        require(self.sync_bn in known, f"--sync_bn {self.sync_bn}: use pytorch, apex or none")
+
 
 @dataclass(frozen=True)
 class OptimOptions:
@@ -100,17 +106,22 @@ class OptimOptions:
     wd: float = 1e-6
     """weight decay"""
     warmup_epochs: int = 10
-    """epochs of linear warm-up"""
+    """epochs of linear warm-up; a run shorter than that warms up for a tenth of its epochs"""
     start_warmup: float = 0.0
     """learning rate at the start of the warm-up"""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
             require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
-        require(
-            0 <= self.warmup_epochs <= self.epochs,
-            f"--warmup_epochs {self.warmup_epochs}: must lie between 0 and --epochs {self.epochs}",
-        )
+        require(self.warmup_epochs >= 0, f"--warmup_epochs {self.warmup_epochs}: must not be negative")
+        for name in ("base_lr", "final_lr", "wd", "start_warmup"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), f"--{name} {value}: must be a finite number, 0 or more")
+
+    @property
+    def usable_warmup(self) -> int:
+        """Epochs of warm-up; a tenth of a run that is shorter than the warm-up asked for."""
+        return self.warmup_epochs if self.warmup_epochs <= self.epochs else self.epochs // 10
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ class RunOptions:
     dump_path: str = "."
     """run directory; the same command there resumes by itself"""
     checkpoint_freq: int = 25
-    """epochs between two kept checkpoints under checkpoints/"""
+    """epochs between two kept checkpoints under checkpoints/; 0: only the last"""
     checkpoint_minutes: float = 10.0
     """minutes between two checkpoints inside an epoch (every epoch ends with one); 0: after every step"""
     log_freq: int = 10
@@ -144,11 +155,22 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         require(self.log_freq > 0, f"--log_freq {self.log_freq}: must be at least 1")
+        require(0 <= self.seed < 2**31, f"--seed {self.seed}: must lie between 0 and {2**31 - 1}")
+        require(self.checkpoint_minutes >= 0, f"--checkpoint_minutes {self.checkpoint_minutes}: must not be negative")
+        require(self.timeout_minutes > 0, f"--timeout_minutes {self.timeout_minutes}: must be positive")
 
 
 def num_views(data: DataOptions) -> int:
     """Crops of one image."""
     return sum(data.nmb_crops)
+
+
+def require_crops(crops_for_assign: tuple[int, ...], views: int) -> None:
+    """Refuse crops that do not exist, or that are named twice."""
+    words = f"--crops_for_assign {' '.join(map(str, crops_for_assign))}"
+    fits = all(0 <= crop < views for crop in crops_for_assign)
+    require(fits, f"{words}: there are {views} crops, use numbers 0 to {views - 1}")
+    require(len(set(crops_for_assign)) == len(crops_for_assign), f"{words}: name each crop once")
 
 
 DIGITS_DATA = DataOptions(

@@ -164,7 +164,7 @@ def _schedule(config: PretrainConfig, loader: Loader) -> Schedule:
 
     def rate(step: int) -> float:
         return warmup_cosine(
-            step, steps_per_epoch=loader.batches_per_epoch, epochs=optim.epochs, warmup_epochs=optim.warmup_epochs,
+            step, steps_per_epoch=loader.batches_per_epoch, epochs=optim.epochs, warmup_epochs=optim.usable_warmup,
             start=optim.start_warmup, base=optim.base_lr, final=optim.final_lr,
         )  # fmt: skip
 
@@ -193,6 +193,9 @@ def _tell(config: PretrainConfig, loader: Loader, model: MultiCropNet, world: Wo
         loader.batches_per_epoch,
         config.optim.epochs, config.run.dump_path,
     )  # fmt: skip
+    optim = config.optim
+    if optim.usable_warmup != optim.warmup_epochs:
+        logger.info("--warmup_epochs %d: longer than the run, using %d", optim.warmup_epochs, optim.usable_warmup)
     cores = os.cpu_count() or 1
     if config.data.workers > cores:
         logger.info("--workers %d: this machine has %d cores, using %d", config.data.workers, cores, cores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,7 @@ class Progress:
         self._start, self._first = time.monotonic(), done
         self._since, self._since_step, self._waited = self._start, done, 0.0
         self._shown = self._start
-        on_terminal = world.is_main and sys.stderr.isatty()
+        on_terminal = world.is_main and sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns > 0
         self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if on_terminal else None
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
@@ -62,18 +63,18 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"loss {record['loss']:.3f}, {record['images_per_s']:.0f} images/s, wait {record['data_wait']:.0%}"
+                f"epoch {record['epoch']}, loss {record['loss']:.3f} (ln K {record.get('ln_k', float('nan')):.2f}), "
+                f"{record['images_per_s']:.0f} images/s, wait {record['data_wait']:.0%}"
             )
-            return
         now, step = time.monotonic(), record["step"]
         if now - self._shown < _SECONDS_BETWEEN_LINES and step < self._total:
             return
-        self._shown = now
+        self._shown, extra = now, {"file_only": self._bar is not None}
         left = (now - self._start) / max(step - self._first, 1) * (self._total - step)
         logger.info(
             "epoch %d, step %d/%d, loss %.4f (ln K %.3f), lr %.3g, %.0f images/s, waiting for data %.0f %%, %s to go",
             record["epoch"], step, self._total, record["loss"], record.get("ln_k", float("nan")), record["lr"],
-            record["images_per_s"], 100 * record["data_wait"], _duration(left),
+            record["images_per_s"], 100 * record["data_wait"], _duration(left), extra=extra,
         )  # fmt: skip
 
     def close(self) -> None:

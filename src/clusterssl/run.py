@@ -89,13 +89,12 @@ class Run:
             return []
         try:
             before = json.loads(record.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{record}: damaged ({first_line(error)}); choose another --dump_path") from error
-        if before["method"] != method:
-            raise UserError(
-                f"--dump_path {self.folder}: holds a run of {before['method']}, not {method}; choose another folder"
-            )
-        old = {**before["config"], **before["facts"]}
+            old = {**before["config"], **before["facts"]}
+            known = before["method"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{record}: damaged or of another program; choose another --dump_path") from error
+        if known != method:
+            raise UserError(f"--dump_path {self.folder}: holds a run of {known}, not {method}; choose another folder")
         new = {**config, **facts}
         differing = [key for key in new if key in old and old[key] != new[key]]
         refused = [key for key in differing if key in fixed or key in facts]
@@ -200,6 +199,10 @@ class Run:
             if int(path.name.split(".")[1][4:]) not in (step, self._saved_step):
                 path.unlink(missing_ok=True)
         self._saved_step = step
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume from."""
+        return (self.folder / CURRENT).exists()
 
     def load(self) -> dict[str, Any] | None:
         """The newest readable checkpoint with this rank's rows of its sharded tensors under "sharded", or None.

@@ -114,7 +114,7 @@ class Loader:
         if self.sampler.steps == 0:
             raise UserError(
                 f"a global batch of {self.sampler.global_batch} images ({batch_size} x {accumulate} micro-batches x "
-                f"{world_size} ranks) is larger than the dataset of {len(source)}: lower --batch_size"
+                f"{world_size} ranks) is larger than the dataset of {len(source)}: lower --batch_size or --accumulate"
             )
         self.source = source
         self.multicrop = multicrop

@@ -89,7 +89,7 @@ def open_source(data_path: str, *, split: str = "", limit: int = -1) -> Source:
         if path.suffix.lower() not in (".txt", ".lst"):
             raise UserError(f"{path} is a file: give a folder, or a .txt or .lst file with one path per line")
         if split:
-            raise UserError(f"{path} is a list file, which has no split {split!r}: give one list per split")
+            raise UserError(f"{path} is a list file, which has no split {split!r}: give a folder that holds {split}/")
         listing = list_file(path)
     else:
         listing = list_folder(_split_folder(path, split))

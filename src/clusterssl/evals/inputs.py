@@ -22,7 +22,7 @@ from clusterssl.data import open_source
 from clusterssl.data.source import Source
 from clusterssl.errors import UserError
 from clusterssl.files import first_line
-from clusterssl.models.build import build_backbone, resolve_stem
+from clusterssl.models.build import build_backbone, check_crop_sizes, resolve_stem
 from clusterssl.models.identify import describe
 from clusterssl.models.weights import load_backbone_state, read_weights
 
@@ -129,7 +129,8 @@ def open_network(
         load_backbone_state(backbone, state, options.pretrained)
     elif dist.rank() == 0:
         logger.warning("warning: no --pretrained, the network is untrained: %s with random weights", arch)
-    logger.info("%s with %s stem, images of %dx%d", arch, stem, *image_size)
+    check_crop_sizes(backbone, [image_size])
+    logger.info("%s, stem %s, images of %dx%d", arch, backbone.stem_name, *image_size)
     backbone.requires_grad_(False)
     return Network(backbone, arch, stem, image_size, fingerprint(backbone))
 

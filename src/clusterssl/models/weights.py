@@ -37,7 +37,15 @@ def read_weights(path_or_url: str) -> tuple[State, dict[str, Any]]:
     Raises:
         UserError: missing, unreadable, truncated, unsafe file, failed download, or a file without weights.
     """
-    path_or_url = str(path_or_url)
+    state, meta = _read(str(path_or_url))
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values() if tensor.is_floating_point()):
+        raise UserError(
+            f"{path_or_url}: holds weights that are not finite (NaN or infinite); take an earlier checkpoint"
+        )
+    return state, meta
+
+
+def _read(path_or_url: str) -> tuple[State, dict[str, Any]]:
     if not is_url(path_or_url):
         return unwrap(read_checkpoint(path_or_url), path_or_url)
     path, fresh = fetch(path_or_url)

@@ -76,9 +76,9 @@ def write_report(
     """
     if not runs:
         raise UserError("no run directory given; name at least one")
+    records = [read_run(path) for path in runs]
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder, so the page cannot be written there; make it first")
-    records = [read_run(path) for path in runs]
     page = render(records, title=title, lead=lead, tables=tables, galleries=galleries)
 
     def write(file: IO[bytes]) -> None:

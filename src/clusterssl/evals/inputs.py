@@ -112,6 +112,7 @@ def open_network(
     Raises:
         UserError: unreadable or unfitting checkpoint, unknown architecture, or a flag that contradicts the checkpoint.
     """
+    require(0 <= seed < 2**31, f"--seed {seed}: must lie between 0 and {2**31 - 1}")
     state, meta = read_weights(options.pretrained) if options.pretrained else ({}, {})
     look = describe(state, meta) if state else None
     given = {name for name in ("arch", "stem") if gives(argv, name)}

@@ -55,6 +55,9 @@ class SgdOptions:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("lr", "wd", "gamma", "final_lr"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), f"--{name} {value}: must be a finite number, 0 or more")
 
     def optimizer(self, classifier: nn.Module) -> torch.optim.SGD:
         """SGD with momentum 0.9."""

@@ -76,8 +76,7 @@ def join(run: RunOptions) -> Iterator[World]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks instead of returning them: a training step on a CPU frees and asks anew for the same
-    large tensors, and page faults were a fifth of its time."""
+    """Let glibc reuse freed blocks: a training step on a CPU frees and asks anew for the same large tensors."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

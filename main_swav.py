@@ -29,9 +29,11 @@ from clusterssl.batchnorm import unchanged_statistics
 from clusterssl.checkpoint import bare
 from clusterssl.cluster.online import REMEDIES, AssignmentOptions, OnlineAssigner
 from clusterssl.engine import fit
+from clusterssl.feed import Feed
+from clusterssl.method import Method
 from clusterssl.monitor import Observation
 from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, num_views
-from clusterssl.pretrain import assemble, join, or_digits
+from clusterssl.pretrain import assemble, join, or_digits, prototype_net
 
 
 @dataclass(frozen=True)
@@ -89,19 +91,17 @@ def swapped_prediction(scores_NK: Tensor, q_ABK: Tensor, assigned: Sequence[int]
     return torch.stack(losses).mean() / (others * q_ABK.shape[1])
 
 
-class SwAV:
+class SwAV(Method):
     """Swapped prediction over multi-crop; assignments by Sinkhorn over the step's images and the queue."""
 
-    def __init__(self, model: nn.Module, config: Config, steps_per_epoch: int) -> None:
+    def __init__(self, model: nn.Module, config: Config, feed: Feed) -> None:
         o = self.options = config.swav
         self.model, self.net = model, bare(model)
         self.prototypes = self.net.prototype_layers()[0]
         self.views, self.assigned = num_views(config.data), list(o.crops_for_assign)
-        step_images = config.optim.batch_size * config.optim.accumulate
-        self.assigner = OnlineAssigner(config.assignment, len(self.assigned), step_images)
-        self.frozen_steps = max(o.freeze_prototypes_niters, o.freeze_prototypes_epochs * steps_per_epoch)
+        self.assigner = OnlineAssigner(config.assignment, len(self.assigned), feed.step_images)
+        self.frozen_steps = max(o.freeze_prototypes_niters, o.freeze_prototypes_epochs * feed.steps_per_epoch)
         self.planned: list[Tensor] = []
-        self.seen: Observation | None = None
         self.remedies = REMEDIES
 
     def begin_epoch(self, epoch: int) -> None:
@@ -143,7 +143,7 @@ class SwAV:
 def main() -> None:
     config = cfg.parse(Config, description=__doc__, default=or_digits(Config(), DIGITS))
     with join(config.run) as world:
-        fit(assemble("swav", config, world, config.swav.nmb_prototypes, SwAV))
+        fit(assemble("swav", config, world, prototype_net(config.swav.nmb_prototypes), SwAV))
 
 
 if __name__ == "__main__":

@@ -123,3 +123,25 @@ def test_help_shows_the_text_under_each_field(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("flag", list(cfg.flags(main_swav.Config())), ids=lambda flag: flag.name)
 def test_every_flag_has_help(flag: cfg.Flag) -> None:
     assert len(flag.help) > 10
+
+
+def test_another_vocabulary_is_translated() -> None:
+    aliases = {"lr": "base_lr", "b": "batch_size", "print_freq": "log_freq", "verbose": None, "gpus": None}
+    words = ["DIR", "--lr=0.3", "-b", "64", "--verbose", "--gpus", "0", "1", "--print-freq", "5", "--wd", "-5"]
+    ours = ["--data_path", "DIR", "--base_lr=0.3", "--batch_size", "64", "--log_freq", "5", "--wd", "-5"]
+    assert cfg.translate(words, aliases, positional="data_path") == ours
+    assert cfg.translate(["--lr", "-1e-4"], aliases) == ["--base_lr", "-1e-4"]
+    assert cfg.translate(ours, aliases, positional="data_path") == ours
+
+
+def test_a_switch_needs_no_value() -> None:
+    @dataclass(frozen=True)
+    class Switches:
+        sobel: bool = False
+        """front end"""
+        other: int = 1
+        """number"""
+
+    assert cfg.parse(Switches, ["--sobel"]).sobel
+    assert cfg.parse(Switches, ["--sobel", "--other", "2"]) == Switches(True, 2)
+    assert not cfg.parse(Switches, ["--sobel", "false"]).sobel

@@ -15,6 +15,7 @@ from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.models.build import build_model
 from clusterssl.options import DataOptions, OptimOptions
+from tests.feeds import GivenFeed
 from tests.golden_files import Golden
 from tests.ranks import run_ranks
 
@@ -61,7 +62,7 @@ def follow(rank: int, world_size: int, case: str) -> dict[str, float]:
     before = torch.from_numpy(GOLDEN[queue_key]) if queue_key in GOLDEN else None
     net = EmbeddingsGiven(torch.from_numpy(GOLDEN[f"{case}_W"]))
     length = 0 if before is None else before.shape[1] * world_size
-    method = main_swav.SwAV(net, config_of(given, length), steps_per_epoch=100)
+    method = main_swav.SwAV(net, config_of(given, length), GivenFeed(step_images=given["batch"]))
     method.begin_epoch(given["epoch"])
     if before is not None:
         rows = before.unflatten(1, (-1, given["batch"])).permute(2, 0, 1, 3)
@@ -155,7 +156,8 @@ def train(rank: int, world_size: int, batch_norm: bool, accumulate: int = 1, ste
         net.train = lambda mode=True: net  # type: ignore[method-assign]
     model = distribute(net, World(rank, world_size))
     per_rank = 24 // world_size
-    method = main_swav.SwAV(model, small_config(per_rank // accumulate, accumulate, 24), steps_per_epoch=100)
+    config = small_config(per_rank // accumulate, accumulate, 24)
+    method = main_swav.SwAV(model, config, GivenFeed(step_images=per_rank))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     method.begin_epoch(0)
     losses = []

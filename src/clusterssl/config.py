@@ -13,12 +13,13 @@ import difflib
 import inspect
 import itertools
 import os
+import re
 import shlex
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from clusterssl.errors import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, UserError
@@ -59,7 +60,6 @@ class Flag(NamedTuple):
     type: Any
     default: Any
     help: str
-    aliases: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -80,8 +80,7 @@ def _flags(config: Any, prefix: tuple[str, ...]) -> Iterator[Flag]:
         if dataclasses.is_dataclass(value):
             yield from _flags(value, path)
         else:
-            aliases = tuple(field.metadata.get("aliases", ()))
-            yield Flag(path, hints[field.name], value, helps.get(field.name, ""), aliases)
+            yield Flag(path, hints[field.name], value, helps.get(field.name, ""))
 
 
 def _helps(cls: type) -> dict[str, str]:
@@ -118,6 +117,33 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, *, description: str =
     return _replace(start, values)
 
 
+def translate(argv: Sequence[str], aliases: Mapping[str, str | None], *, positional: str = "") -> list[str]:
+    """A command line in another vocabulary as one in ours.
+
+    Args:
+        argv: words after the program's name.
+        aliases: from a flag's name there (underscores, without its hyphens; one letter for a short flag) to ours; None:
+            accepted and ignored, with its values.
+        positional: our flag for a first word that is no flag.
+    """
+    words: list[str] = [f"--{positional}"] if positional and argv and not argv[0].startswith("-") else []
+    ignored = False
+    for word in map(_underscored, argv):
+        name, equals, value = word.lstrip("-").partition("=")
+        if not _is_flag(word):
+            words += [] if ignored else [word]
+            continue
+        ignored = name in aliases and aliases[name] is None
+        if not ignored:
+            words.append(f"--{aliases[name]}{equals}{value}" if name in aliases else word)
+    return words
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word names a flag; -5 and -1e-4 are numbers."""
+    return word.startswith("-") and not re.match(r"-\.?\d", word)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(" ".join(message.split()))
@@ -133,8 +159,9 @@ def _parser(known: list[Flag], description: str) -> argparse.ArgumentParser:
         read, many, choices = _reader(flag.type)
         text = f"{flag.help} (default: {_shown(flag.default) or 'none'})".replace("%", "%%")
         groups[place].add_argument(
-            f"--{flag.name}", *flag.aliases, dest=flag.name, type=read, nargs="+" if many else None, choices=choices,
-            default=argparse.SUPPRESS, help=text, metavar=None if choices else flag.name.upper(),
+            f"--{flag.name}", dest=flag.name, type=read, nargs="+" if many else "?" if flag.type is bool else None,
+            const=True if flag.type is bool else None, choices=choices, default=argparse.SUPPRESS, help=text,
+            metavar=None if choices else flag.name.upper(),
         )  # fmt: skip
     return parser
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clusterssl import checkpoint, dist
-from clusterssl.data import Augment, BadImages, Batch, Loader
+from clusterssl.data import Batch
 from clusterssl.dist import World
 from clusterssl.errors import Stopped, UserError
-from clusterssl.method import Crops, Method
+from clusterssl.feed import Feed
+from clusterssl.method import Method
 from clusterssl.monitor import Monitor
 from clusterssl.preemption import StopRequest, requeue
 from clusterssl.progress import Progress
@@ -41,22 +42,6 @@ class Schedule:
     checkpoint_minutes: float = 10.0
     """0: after every step"""
     stop_on_collapse: bool = False
-    max_bad_fraction: float = 0.01
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Autocast type (None: float32 throughout); float16 gradients are scaled."""
-
-    dtype: torch.dtype | None = None
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Context of the forward pass."""
-        return nullcontext() if self.dtype is None else torch.autocast(device.type, dtype=self.dtype)
-
-    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
-        """Gradient scaler; does nothing unless the type is float16."""
-        return torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
 
 @dataclass
@@ -66,15 +51,12 @@ class Parts:
     method: Method
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    loader: Loader
-    augment: Augment
+    feed: Feed
     schedule: Schedule
-    precision: Precision
     run: Run
     world: World
-    layout: torch.memory_format
     record: dict[str, Any]
-    """what a reader of the checkpoint must know of the model: arch, stem, size_crops"""
+    """what a reader of the checkpoint must know of the model: arch, stem, size_crops, heads"""
 
 
 def fit(parts: Parts) -> None:
@@ -91,15 +73,14 @@ def fit(parts: Parts) -> None:
 class _Training:
     def __init__(self, parts: Parts, request: StopRequest) -> None:
         self.parts, self.request = parts, request
-        self.scaler = parts.precision.scaler(parts.world.device)
+        self.feed, self.bad = parts.feed, parts.feed.ledger
+        self.feed.request = request
+        self.scaler = self.feed.precision.scaler(parts.world.device)
         self.monitor = Monitor(parts.method.remedies)
-        self.bad = BadImages(
-            parts.loader.source, parts.run.folder / "bad_images.txt", max_bad_fraction=parts.schedule.max_bad_fraction
-        )
         self.problem = ""
         self.agreement = dist.Agreement(3)
         self.step = 0
-        self.steps_per_epoch = parts.loader.batches_per_epoch
+        self.steps_per_epoch = parts.feed.steps_per_epoch
         self.total = parts.schedule.epochs * self.steps_per_epoch
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=parts.world.device)
         self.loss_sum = torch.zeros((), device=parts.world.device, dtype=torch.float64)
@@ -108,7 +89,7 @@ class _Training:
 
     def train(self) -> None:
         self.resume()
-        self.progress = Progress(self.total, self.step, self.parts.loader.global_batch, self.parts.world)
+        self.progress = Progress(self.total, self.step, self.feed.global_batch, self.parts.world)
         try:
             while self.step < self.total:
                 self.epoch(self.step // self.steps_per_epoch)
@@ -124,6 +105,7 @@ class _Training:
             method.begin_epoch(epoch)
         self.parts.model.train()
         for batches in self.progress.timed(self.batches(epoch, start)):
+            self.refresh()
             self.one_step(batches)
             last = self.step % self.steps_per_epoch == 0
             if last or self.step % self.log_every() == 0:
@@ -131,6 +113,15 @@ class _Training:
             if last:
                 self.end_epoch(epoch)
             self.save_or_stop()
+
+    def refresh(self) -> None:
+        """Let the method look at all images between two steps; a stop in there falls back to the checkpoint."""
+        if self.parts.method.due(self.step):
+            if self.saved_step != self.step:
+                self.save()
+            self.seed()
+            self.parts.method.refresh(self.step)
+            self.parts.model.train()
 
     def log_every(self) -> int:
         """Steps between two records; closer at the start, where runs go wrong."""
@@ -143,14 +134,14 @@ class _Training:
             group["lr"] = rate
         self.seed()
         if len(batches) > 1:
-            with parts.precision.autocast(parts.world.device):
-                parts.method.begin_step(self.crops(batch) for batch in batches)
+            with self.feed.autocast():
+                parts.method.begin_step(self.feed.crops(batch) for batch in batches)
         step_loss = self.loss.new_zeros(())
         for number, batch in enumerate(batches):
             with self.no_sync(number < len(batches) - 1):
-                with parts.precision.autocast(parts.world.device):
+                with self.feed.autocast():
                     index = batch.index.to(parts.world.device, non_blocking=True)
-                    loss = parts.method.loss(self.crops(batch), index) / len(batches)
+                    loss = parts.method.loss(self.feed.crops(batch), index) / len(batches)
                 self.scaler.scale(loss).backward()
             step_loss = step_loss + loss.detach()
             self.watch(batch)
@@ -166,7 +157,7 @@ class _Training:
 
     def batches(self, epoch: int, start: int) -> Iterator[list[Batch]]:
         """Steps of an epoch; a rank that cannot load goes on with old images until all ranks have agreed to stop."""
-        source, last = self.parts.loader.epoch(epoch, start), None
+        source, last = self.feed.loader.epoch(epoch, start, self.parts.method.order(epoch)), None
         while True:
             try:
                 last = next(source)
@@ -180,10 +171,6 @@ class _Training:
                 yield last  # the agreement is one step late
                 raise
             yield last
-
-    def crops(self, batch: Batch) -> Crops:
-        crops = self.parts.augment(batch.crops, batch.params, self.parts.world.device)
-        return [crop.contiguous(memory_format=self.parts.layout) for crop in crops]
 
     def no_sync(self, more: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients only in the last backward pass of a step."""

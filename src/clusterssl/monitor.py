@@ -22,7 +22,8 @@ class Observation(NamedTuple):
 
     z_ND: Tensor
     scores_NK: Tensor
-    assignments_NK: Tensor
+    assignments_NK: Tensor | None
+    """None where images have a label each, instead of a distribution over prototypes"""
 
 
 def rankme(z_ND: Tensor) -> float:
@@ -123,7 +124,7 @@ class Monitor:
         num_prototypes = counts_K.numel()
         numbers = {
             "ln_k": math.log(num_prototypes),
-            "entropy": entropy(seen.assignments_NK),
+            "entropy": 0.0 if seen.assignments_NK is None else entropy(seen.assignments_NK),
             "perplexity": perplexity(counts_K),
             "dead_share": float((counts_K == 0).double().mean()),
             "feature_std": feature_std(seen.z_ND),

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,14 +19,17 @@ from clusterssl import dist
 from clusterssl.batchnorm import synchronise
 from clusterssl.checkpoint import distribute
 from clusterssl.config import command, gives, plain
-from clusterssl.data import Augment, Loader, MultiCrop, open_source
+from clusterssl.data import Augment, BadImages, Loader, MultiCrop, fingerprint, open_source
 from clusterssl.dist import World
-from clusterssl.engine import Method, Parts, Precision, Schedule
+from clusterssl.engine import Parts, Schedule
+from clusterssl.feed import Feed
 from clusterssl.log import log_to_screen
+from clusterssl.method import Method
 from clusterssl.models.build import MultiCropNet, build_model, check_crop_sizes, resolve_stem
 from clusterssl.models.weights import init_model
 from clusterssl.optim import build_optimizer, warmup_cosine
 from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, num_views
+from clusterssl.precision import Precision
 from clusterssl.run import Run
 
 logger = logging.getLogger(__name__)
@@ -83,12 +87,29 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
+def prototype_net(nmb_prototypes: int | tuple[int, ...]) -> Callable[[PretrainConfig], MultiCropNet]:
+    """Maker of SwAV's network with K prototypes, or one layer of them per entry."""
+
+    def make(config: PretrainConfig) -> MultiCropNet:
+        options = config.model
+        stem = resolve_stem(options.stem, max(max(size) for size in config.data.size_crops))
+        return build_model(options.arch, stem, options.hidden_mlp, options.feat_dim, nmb_prototypes)
+
+    return make
+
+
 def assemble(
     name: str,
     config: T,
     world: World,
-    nmb_prototypes: int | tuple[int, ...],
-    make_method: Callable[[nn.Module, T, int], Method],
+    make_model: Callable[[T], Any],
+    make_method: Callable[[nn.Module, T, Feed], Method],
+    *,
+    multicrop: MultiCrop | None = None,
+    augment: Augment | None = None,
+    parameter_groups: Callable[[nn.Module, T], list[dict[str, Any]]] | None = None,
+    learning_rate: Callable[[T, int], Callable[[int], float]] | None = None,
+    images_per_epoch: Callable[[T, int], int] | None = None,
 ) -> Parts:
     """Build everything a run consists of; the run directory is touched last, when all flags have proved good.
 
@@ -96,48 +117,59 @@ def assemble(
         name: of the method, as recorded in the run directory.
         config: the script's configuration.
         world: this process's place.
-        nmb_prototypes: K, or one K per head.
-        make_method: from the (distributed) model, the configuration and the steps of an epoch to the method.
+        make_model: from the configuration to a network with attribute `backbone` and a `record` of its heads.
+        make_method: from the (distributed) model, the configuration and the images to the method.
+        multicrop: crops and strengths of the augmentation, where they are not those of `config.data`.
+        augment: normalisation, where it is not SwAV's.
+        parameter_groups: of the optimiser, from the bare model; all parameters alike when None.
+        learning_rate: from the configuration and the steps of an epoch to the rate of each step; warm-up and cosine
+            when None.
+        images_per_epoch: from the configuration and the number of images; each once when None.
 
     Raises:
         UserError: bad images, flags, weights or run directory, in the words of the part that found it.
     """
     torch.manual_seed(config.run.seed)
-    loader = _loader(config, world)
-    model = _model(config, nmb_prototypes, world)
+    loader = _loader(config, world, multicrop, images_per_epoch)
+    model = _placed(make_model(config), config, world)
     wrapped = distribute(model, world)
-    method = make_method(wrapped, config, loader.batches_per_epoch)
     run = Run(config.run.dump_path, world)
+    ledger = BadImages(loader.source, run.folder / "bad_images.txt", max_bad_fraction=config.data.max_bad_fraction)
+    layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
+    feed = Feed(loader, augment or Augment(), world, layout, _precision(config, world), ledger)
+    method = make_method(wrapped, config, feed)
     flags = plain(config)
-    facts = {"global_batch": loader.global_batch, "num_images": len(loader.source)}
-    run.open(name, flags, facts, frozenset(flags) - FREE)
+    facts = {"global_batch": loader.global_batch, "num_images": feed.num_images}
+    run.open(name, flags, {**facts, "dataset_hash": fingerprint(loader.source)}, frozenset(flags) - FREE)
     _tell(config, loader, model, world)
     optim = config.optim
-    optimizer = build_optimizer(model.parameters(), optim.optimizer, optim.base_lr, optim.wd)
-    return Parts(
-        method, wrapped, optimizer, loader, Augment(), _schedule(config, loader), _precision(config, world), run,
-        world, torch.channels_last if config.model.channels_last else torch.contiguous_format, _record(config, model),
-    )  # fmt: skip
+    groups = parameter_groups(model, config) if parameter_groups else model.parameters()
+    optimizer = build_optimizer(groups, optim.optimizer, optim.base_lr, optim.wd)
+    rate = (learning_rate or _warmup_cosine)(config, loader.batches_per_epoch)
+    return Parts(method, wrapped, optimizer, feed, _schedule(config, rate), run, world, _record(config, model))
 
 
-def _loader(config: PretrainConfig, world: World) -> Loader:
+def _loader(
+    config: T, world: World, multicrop: MultiCrop | None, images_per_epoch: Callable[[T, int], int] | None
+) -> Loader:
     data = config.data
-    crops = MultiCrop(
+    crops = multicrop or MultiCrop(
         nmb_crops=data.nmb_crops, size_crops=data.size_crops, min_scale_crops=data.min_scale_crops,
         max_scale_crops=data.max_scale_crops, color_jitter=data.color_jitter, color_jitter_p=data.color_jitter_p,
         gray_p=data.gray_p, blur_p=data.blur_p, flip_p=data.flip_p,
     )  # fmt: skip
+    source = open_source(data.data_path)
     return Loader(
-        open_source(data.data_path), crops, batch_size=config.optim.batch_size, accumulate=config.optim.accumulate,
+        source, crops, batch_size=config.optim.batch_size, accumulate=config.optim.accumulate,
         rank=world.rank, world_size=world.size, seed=config.run.seed, workers=min(data.workers, os.cpu_count() or 1),
         pin_memory=world.device.type == "cuda",
+        images_per_epoch=images_per_epoch(config, len(source)) if images_per_epoch else None,
     )  # fmt: skip
 
 
-def _model(config: PretrainConfig, nmb_prototypes: int | tuple[int, ...], world: World) -> MultiCropNet:
+def _placed(model: Any, config: PretrainConfig, world: World) -> Any:
+    """The network with its first weights, on the device, its statistics shared as the flags say."""
     options = config.model
-    stem = resolve_stem(options.stem, max(max(size) for size in config.data.size_crops))
-    model = build_model(options.arch, stem, options.hidden_mlp, options.feat_dim, nmb_prototypes)
     check_crop_sizes(model.backbone, config.data.size_crops)
     if options.init:
         init_model(model, options.init)
@@ -158,28 +190,30 @@ def _precision(config: PretrainConfig, world: World) -> Precision:
     return Precision(torch.bfloat16 if config.model.amp_dtype == "bf16" and everywhere else torch.float16)
 
 
-def _schedule(config: PretrainConfig, loader: Loader) -> Schedule:
-    optim, run = config.optim, config.run
-
-    def rate(step: int) -> float:
-        return warmup_cosine(
-            step, steps_per_epoch=loader.batches_per_epoch, epochs=optim.epochs, warmup_epochs=optim.usable_warmup,
-            start=optim.start_warmup, base=optim.base_lr, final=optim.final_lr,
-        )  # fmt: skip
-
-    return Schedule(
-        epochs=optim.epochs, learning_rate=rate, seed=run.seed, log_freq=run.log_freq,
-        checkpoint_freq=run.checkpoint_freq, checkpoint_minutes=run.checkpoint_minutes,
-        stop_on_collapse=run.stop_on_collapse, max_bad_fraction=config.data.max_bad_fraction,
+def _warmup_cosine(config: PretrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    optim = config.optim
+    return partial(
+        warmup_cosine, steps_per_epoch=steps_per_epoch, epochs=optim.epochs, warmup_epochs=optim.usable_warmup,
+        start=optim.start_warmup, base=optim.base_lr, final=optim.final_lr,
     )  # fmt: skip
 
 
-def _record(config: PretrainConfig, model: MultiCropNet) -> dict[str, Any]:
+def _schedule(config: PretrainConfig, learning_rate: Callable[[int], float]) -> Schedule:
+    run = config.run
+    return Schedule(
+        epochs=config.optim.epochs, learning_rate=learning_rate, seed=run.seed, log_freq=run.log_freq,
+        checkpoint_freq=run.checkpoint_freq, checkpoint_minutes=run.checkpoint_minutes,
+        stop_on_collapse=run.stop_on_collapse,
+    )  # fmt: skip
+
+
+def _record(config: PretrainConfig, model: Any) -> dict[str, Any]:
+    """What a reader of the checkpoint needs to build the network again."""
     sizes = [list(size) for size in config.data.size_crops]
-    return {"arch": config.model.arch, "stem": str(model.backbone.stem_name), "size_crops": sizes}
+    return {"arch": config.model.arch, "stem": str(model.backbone.stem_name), "size_crops": sizes, **model.record()}
 
 
-def _tell(config: PretrainConfig, loader: Loader, model: MultiCropNet, world: World) -> None:
+def _tell(config: PretrainConfig, loader: Loader, model: nn.Module, world: World) -> None:
     if not gives(None, "data_path"):
         full = command(Path(sys.argv[0]).name, config, type(config)())
         logger.info("no --data_path: training on the built-in digits, the same as\n  %s", full)

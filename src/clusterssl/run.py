@@ -157,9 +157,10 @@ class Run:
         except UserError as error:
             problem = str(error)
         self._agree(problem)
+        rows = {name: int(dist.all_reduce_(torch.tensor(len(tensor)))) for name, tensor in sharded.items()}
         if self.world.is_main:
             try:
-                state = {**shared, "step": step, "shards": self.world.size if sharded else 0}
+                state = {**shared, "step": step, "shards": self.world.size if sharded else 0, "rows": rows}
                 save_checkpoint(state, self.folder / CURRENT, keep_previous_as=self.folder / PREVIOUS)
                 if keep_as:
                     self._keep(keep_as)
@@ -243,22 +244,23 @@ class Run:
         state = read_checkpoint(path)
         if "step" not in state or "shards" not in state:
             raise UserError(f"{path}: a checkpoint of another program; use --init to start from its weights")
-        state["sharded"] = self._my_shard(state["step"], state["shards"])
+        state["sharded"] = self._my_shard(state["step"], state["shards"], state.get("rows", {}))
         return state
 
-    def _my_shard(self, step: int, shards: int) -> dict[str, Tensor]:
-        """This rank's rows of what was split over `shards` ranks."""
+    def _my_shard(self, step: int, shards: int, rows: dict[str, int]) -> dict[str, Tensor]:
+        """This rank's rows of what was split over `shards` ranks, read one file at a time."""
         if shards in (0, self.world.size):
             return read_checkpoint(self._shard(step, self.world.rank, shards)) if shards else {}
-        parts = [read_checkpoint(self._shard(step, rank, shards)) for rank in range(shards)]
-        mine = {}
-        for name in parts[0]:
-            rows = torch.cat([part[name] for part in parts])
-            if len(rows) % self.world.size:
-                raise UserError(f"{self.folder}: its checkpoint cannot be split over {self.world.size} ranks")
-            each = len(rows) // self.world.size
-            mine[name] = rows[self.world.rank * each : (self.world.rank + 1) * each]
-        return mine
+        mine: dict[str, list[Tensor]] = {name: [] for name in rows}
+        before = dict.fromkeys(rows, 0)
+        for rank in range(shards):
+            part = read_checkpoint(self._shard(step, rank, shards))
+            for name, total in rows.items():
+                first, end = dist.share(total)
+                start = before[name]
+                mine[name].append(part[name][max(first - start, 0) : max(end - start, 0)].clone())
+                before[name] += len(part[name])
+        return {name: torch.cat(parts) for name, parts in mine.items()}
 
     def close(self) -> None:
         """Close the metrics file."""

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
-from clusterssl.data import MEAN, STD, BadImages, EvalBatch, MultiCrop, eval_batches, open_source
+from clusterssl.data import MEAN, STD, BadImages, EvalBatch, MultiCrop, eval_batches, open_source, resize_for
 from clusterssl.data.params import Param
 from clusterssl.errors import UserError
 
@@ -96,3 +96,7 @@ def test_bad_numbers() -> None:
     for options in ({"image_size": 0}, {"image_size": 32, "resize": 0}, {"image_size": 32, "batch_size": 0}):
         with pytest.raises(UserError, match="at least 1"):
             next(eval_batches(source, **options))  # type: ignore[arg-type]
+
+
+def test_resize_is_the_published_one_and_small_images_stay_whole() -> None:
+    assert [resize_for((side, side)) for side in (224, 32, 64, 96)] == [256, 32, 64, 110]

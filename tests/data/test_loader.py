@@ -77,7 +77,7 @@ def test_ranks_share_the_batch_of_one() -> None:
 
 
 def test_bad_numbers() -> None:
-    with pytest.raises(UserError, match=r"global batch of 120 images \(30 x 2 .* 2 ranks\) .* dataset of 100"):
+    with pytest.raises(UserError, match=r"global batch of 120 images \(30 x 2 .* 2 ranks\) .* dataset \(100 images\)"):
         Loader(SOURCE, CROP, batch_size=30, accumulate=2, world_size=2)
     for option in ("batch_size", "accumulate"):
         with pytest.raises(UserError, match=f"--{option} 0"):

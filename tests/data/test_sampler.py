@@ -47,3 +47,18 @@ def test_length() -> None:
     assert len(sampler) == 2 == len(list(sampler))
     sampler.start = 4
     assert len(sampler) == 0 == len(list(sampler))
+
+
+def test_an_order_with_repeats_gives_every_occurrence_its_own_draws() -> None:
+    order = np.array([3, 1, 3, 3, 0, 1, 2, 3, 1], dtype=np.int64)
+    ranks = [PositionSampler(4, 2, rank=rank, world_size=2, images_per_epoch=9) for rank in range(2)]
+    for sampler in ranks:
+        sampler.epoch, sampler.order = 5, order
+    assert [sampler.steps for sampler in ranks] == [2, 2]
+    rows = [list(sampler) for sampler in ranks]
+    keys = [key for step in zip(*rows, strict=True) for batch in step for key in batch]
+    assert [position for _, position in keys] == order[:8].tolist()
+    assert len(set(keys)) == 8
+    assert keys[0] == (5, 3), "the first occurrence is drawn as in any epoch"
+    ranks[1].start = 1
+    assert list(ranks[1]) == rows[1][1:]

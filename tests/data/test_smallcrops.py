@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from clusterssl.data.boxes import resized_crop
+from clusterssl.data.boxes import Interpolation, resized_crop
 from clusterssl.data.smallcrops import is_small, small_crops
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     ("height", "width", "sizes"),
     [
@@ -20,7 +21,9 @@ from clusterssl.data.smallcrops import is_small, small_crops
         (1, 1, ((2, 3),)),
     ],
 )
-def test_bits_equal_torchs_resize(height: int, width: int, sizes: tuple[tuple[int, int], ...]) -> None:
+def test_bits_equal_torchs_resize(
+    height: int, width: int, sizes: tuple[tuple[int, int], ...], interpolation: Interpolation
+) -> None:
     rng = np.random.default_rng(0)
     n = 150
     images = torch.from_numpy(rng.integers(0, 256, (n, 3, height, width), dtype=np.uint8))
@@ -31,8 +34,8 @@ def test_bits_equal_torchs_resize(height: int, width: int, sizes: tuple[tuple[in
     top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
     boxes = np.stack([top, left, h, w], axis=-1)
     assert is_small(height, width, sizes)
-    for view, (crops, size) in enumerate(zip(small_crops(images, boxes, sizes), sizes, strict=True)):
-        expected = torch.stack([resized_crop(images[i], boxes[i, view], size) for i in range(n)])
+    for view, (crops, size) in enumerate(zip(small_crops(images, boxes, sizes, interpolation), sizes, strict=True)):
+        expected = torch.stack([resized_crop(images[i], boxes[i, view], size, interpolation) for i in range(n)])
         assert crops.dtype == torch.uint8
         assert torch.equal(crops, expected)
 

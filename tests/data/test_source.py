@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
-from clusterssl.data import BadImageError, open_source
+from clusterssl.data import BadImageError, fingerprint, open_source
 from clusterssl.data.builtin import DIGIT_SPLITS
 from clusterssl.errors import UserError
 
@@ -187,3 +187,13 @@ def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a.png\n")
     with pytest.raises(UserError, match="has no split 'val'"):
         open_source(str(tmp_path / "list.txt"), split="val")
+
+
+def test_the_fingerprint_is_of_the_images_not_of_the_place(tmp_path: Path) -> None:
+    for place in ("here", "there/deeper"):
+        for number in range(3):
+            save(tmp_path / place / f"class{number % 2}" / f"{number}.png")
+    here, there = (open_source(str(tmp_path / place)) for place in ("here", "there/deeper"))
+    assert fingerprint(here) == fingerprint(there) != fingerprint(open_source("digits"))
+    Path(here.name(0)).rename(tmp_path / "here" / "renamed.png")
+    assert fingerprint(open_source(str(tmp_path / "here"))) != fingerprint(there)

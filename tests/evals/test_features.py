@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from clusterssl.data import MEAN, STD, eval_batches, open_source
 from clusterssl.evals.classifier import epoch_order
-from clusterssl.evals.features import augmented_steps, calibrate_batchnorm, extract, resize_for
+from clusterssl.evals.features import augmented_steps, calibrate_batchnorm, extract
 
 
 class Flat(nn.Module):
@@ -47,10 +47,6 @@ def test_features_equal_torchvision_pipeline_in_dataset_order(tmp_path: Path) ->
     expected = torch.cat([Flat().eval()(pipeline(Image.open(path))[None]) for path in paths])
     assert torch.allclose(found, expected, atol=0.02)
     assert labels.tolist() == [0] * 4 + [1] * 4
-
-
-def test_resize_is_the_published_one_and_small_images_stay_whole() -> None:
-    assert [resize_for((side, side)) for side in (224, 32, 64, 96)] == [256, 32, 64, 110]
 
 
 def test_unreadable_images_are_left_out_not_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,11 +6,11 @@ from clusterssl.data.augment import MEAN, STD, Augment, normalize
 from clusterssl.data.badimages import BadImages
 from clusterssl.data.dataset import Batch, MultiCropDataset, collate
 from clusterssl.data.decode import BadImageError
-from clusterssl.data.evalset import EvalBatch, eval_batches
+from clusterssl.data.evalset import EvalBatch, eval_batches, resize_for
 from clusterssl.data.loader import Loader
 from clusterssl.data.multicrop import CropParams, MultiCrop
 from clusterssl.data.sampler import PositionSampler, epoch_batches
-from clusterssl.data.source import Source, open_source
+from clusterssl.data.source import Source, fingerprint, open_source
 
 __all__ = [
     "MEAN",
@@ -29,6 +29,8 @@ __all__ = [
     "collate",
     "epoch_batches",
     "eval_batches",
+    "fingerprint",
     "normalize",
     "open_source",
+    "resize_for",
 ]

@@ -6,6 +6,7 @@ Suffixes: N images, V views, T tries, B rows of a batch.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+Interpolation = Literal["bilinear", "bicubic"]
 TRIES = 10
 SMALL_SIDE = 64
 BOX_SLOTS = 2 * TRIES + 2
@@ -66,13 +68,16 @@ def _centre_boxes(h_N1: NDArray[np.float64], w_N1: NDArray[np.float64], ratio: t
     return np.stack([(h_N1 - h) // 2, (w_N1 - w) // 2, h, w], axis=-1)
 
 
-def resized_crop(image: Tensor, box: ArrayLike, size: tuple[int, int]) -> Tensor:
-    """Cuts a box out and resizes it, bilinear with antialiasing in integer arithmetic.
+def resized_crop(
+    image: Tensor, box: ArrayLike, size: tuple[int, int], interpolation: Interpolation = "bilinear"
+) -> Tensor:
+    """Cuts a box out and resizes it, with antialiasing in integer arithmetic.
 
     Args:
         image: uint8 [3, H, W].
         box: top, left, height, width.
         size: height, width of the result.
+        interpolation: bilinear, or bicubic with PIL's kernel (a = -0.5).
 
     Returns:
         uint8 [3, h, w], strided channels-last (three times as fast as planar).
@@ -81,7 +86,7 @@ def resized_crop(image: Tensor, box: ArrayLike, size: tuple[int, int]) -> Tensor
     crop = image[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
     if (h, w) == size:
         return crop[0]
-    return F.interpolate(crop, size=size, mode="bilinear", antialias=True)[0]
+    return F.interpolate(crop, size=size, mode=interpolation, antialias=True)[0]
 
 
 def empty_crops(rows: int, size: tuple[int, int]) -> Tensor:

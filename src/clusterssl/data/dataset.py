@@ -95,16 +95,16 @@ class MultiCropDataset(Dataset[Batch]):
 
     def _crop(self, images: Sequence[Tensor], u_BVS: NDArray[np.float64], out: Sequence[Tensor]) -> None:
         """Writes the crops of some decoded images."""
-        sizes = self.multicrop.sizes
+        sizes, how = self.multicrop.sizes, self.multicrop.interpolation
         heights, widths = [x.shape[1] for x in images], [x.shape[2] for x in images]
         boxes_BV4 = self.multicrop.boxes(u_BVS, heights, widths)
         if len({image.shape for image in images}) == 1 and is_small(heights[0], widths[0], sizes):
-            for view, crops in zip(out, small_crops(torch.stack(list(images)), boxes_BV4, sizes), strict=True):
+            for view, crops in zip(out, small_crops(torch.stack(list(images)), boxes_BV4, sizes, how), strict=True):
                 view.copy_(crops)
             return
         for row, (image, boxes_V4) in enumerate(zip(images, boxes_BV4, strict=True)):
             for view, box, size in zip(out, boxes_V4, sizes, strict=True):
-                view[row] = resized_crop(image, box, size)
+                view[row] = resized_crop(image, box, size, how)
 
 
 def collate(batches: Sequence[Batch]) -> Batch:

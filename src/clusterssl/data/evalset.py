@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from clusterssl.data.augment import normalize
+from clusterssl.data.augment import MEAN, STD, normalize
 from clusterssl.data.badimages import BadImages
 from clusterssl.data.boxes import empty_crops, resized_crop
 from clusterssl.data.dataset import Key, load_or_neighbour
@@ -40,6 +40,15 @@ class EvalBatch(NamedTuple):
     """int64 [B] dataset positions"""
 
 
+def resize_for(image_size: tuple[int, int]) -> int:
+    """Shorter side, in pixels, to which images are resized before the centre crop: 256 for 224, as published.
+
+    Up to 64 pixels nothing is cropped away: such images are small and show one thing.
+    """
+    side = max(image_size)
+    return side if side <= 64 else round(side * 256 / 224)
+
+
 def eval_batches(
     source: Source,
     indices: ArrayLike | None = None,
@@ -54,6 +63,8 @@ def eval_batches(
     epoch: int = 0,
     device: torch.device | str = "cpu",
     ledger: BadImages | None = None,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
 ) -> Iterator[EvalBatch]:
     """Iterates over images in the order given; the last batch may be smaller.
 
@@ -70,6 +81,7 @@ def eval_batches(
         seed, epoch: of those draws.
         device: where the images are normalised and delivered; they travel there as uint8.
         ledger: where unreadable images are entered; without one they are only logged.
+        mean, std: of the channels, for the normalisation.
 
     Yields:
         Batches of images, labels, positions. An unreadable image is replaced by its neighbour.
@@ -84,7 +96,7 @@ def eval_batches(
     device = torch.device(device)
     for images, index, bad in checked(_loader(dataset, keys, batch_size, workers, device.type == "cuda")):
         _enter(bad, source, ledger)
-        yield EvalBatch(normalize(images.to(device, non_blocking=True)), labels[index], index)
+        yield EvalBatch(normalize(images.to(device, non_blocking=True), mean, std), labels[index], index)
 
 
 def _loader(dataset: _EvalDataset, keys: list[Key], batch_size: int, workers: int, pin_memory: bool) -> DataLoader[Any]:

@@ -6,9 +6,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from clusterssl.data.dataset import Batch, Key, MultiCropDataset
@@ -90,6 +93,8 @@ class Loader:
         seed: int = 0,
         workers: int = 0,
         pin_memory: bool = False,
+        images_per_epoch: int | None = None,
+        persistent: bool = True,
     ) -> None:
         """Prepares the workers.
 
@@ -102,19 +107,28 @@ class Loader:
             seed: of order, crops and augmentation.
             workers: worker processes; 0: load in this process.
             pin_memory: deliver in pinned memory, for copies to a GPU that do not wait.
+            images_per_epoch: images that an epoch visits; those of the dataset when None.
+            persistent: keep the workers from one epoch to the next.
 
         Raises:
             UserError: the global batch is larger than the dataset, or a number is out of range.
         """
         _at_least(1, batch_size=batch_size, accumulate=accumulate)
         _at_least(0, workers=workers)
+        self._again = partial(
+            Loader, source, multicrop, batch_size=batch_size, accumulate=accumulate, rank=rank, world_size=world_size,
+            seed=seed, workers=workers, pin_memory=pin_memory, persistent=False,
+        )  # fmt: skip
+        self.batch_size, self.accumulate, self.seed, self.workers = batch_size, accumulate, seed, workers
         self.sampler = PositionSampler(
-            len(source), batch_size, accumulate=accumulate, rank=rank, world_size=world_size, seed=seed
-        )
+            len(source), batch_size, accumulate=accumulate, rank=rank, world_size=world_size, seed=seed,
+            images_per_epoch=images_per_epoch,
+        )  # fmt: skip
         if self.sampler.steps == 0:
             raise UserError(
                 f"a global batch of {self.sampler.global_batch} images ({batch_size} x {accumulate} micro-batches x "
-                f"{world_size} ranks) is larger than the dataset of {len(source)}: lower --batch_size or --accumulate"
+                f"{world_size} ranks) is larger than an epoch of the dataset ({self.sampler.images} images): lower "
+                "--batch_size or --accumulate"
             )
         self.source = source
         self.multicrop = multicrop
@@ -124,7 +138,7 @@ class Loader:
             collate_fn=same,
             num_workers=workers,
             pin_memory=pin_memory,
-            persistent_workers=workers > 0,
+            persistent_workers=persistent and workers > 0,
             worker_init_fn=quiet_worker,
             generator=torch.Generator(),  # else every epoch would draw from the global one
         )
@@ -139,9 +153,19 @@ class Loader:
         """Images of one optimizer step over all ranks."""
         return self.sampler.global_batch
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """Iterates over the optimizer steps of an epoch from `start_step` on: lists of `accumulate` batches."""
-        self.sampler.epoch, self.sampler.start = epoch, start_step
+    def another(self) -> Loader:
+        """A loader of the same whole-dataset batches for one pass, to be used while this one is in an epoch."""
+        return self._again()
+
+    def epoch(self, epoch: int, start_step: int = 0, order: NDArray[np.int64] | None = None) -> Iterator[list[Batch]]:
+        """Iterates over the optimizer steps of an epoch from `start_step` on: lists of `accumulate` batches.
+
+        Args:
+            epoch: number of the epoch.
+            start_step: first step wanted.
+            order: dataset positions to visit instead of all, shuffled; see `PositionSampler`.
+        """
+        self.sampler.epoch, self.sampler.start, self.sampler.order = epoch, start_step, order
         step: list[Batch] = []
         for batch in checked(self._loader):
             step.append(batch)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from clusterssl.data.boxes import BOX_SLOTS, random_boxes
+from clusterssl.data.boxes import BOX_SLOTS, Interpolation, random_boxes
 from clusterssl.data.params import AUGMENT_SLOTS, Strengths, per_view
 from clusterssl.errors import UserError
 from clusterssl.rng import Stream, uniform
@@ -50,6 +50,8 @@ class MultiCrop:
     solarize_p: float | tuple[float, ...] = 0.0
     blur_radius: tuple[float, float] = (0.1, 2.0)
     """smallest and largest radius in pixels of PIL's GaussianBlur"""
+    interpolation: Interpolation = "bilinear"
+    """of the crops' resizing; or bicubic"""
 
     def __post_init__(self) -> None:
         lists = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")

@@ -14,6 +14,8 @@ from torch.utils.data import Sampler
 from clusterssl.rng import Stream, permutation
 
 Key = tuple[int, int]
+_EPOCHS = 2**32
+"""more than the epochs of any run: what keeps the draws of an image that comes twice apart"""
 
 
 def epoch_batches(n: int, global_batch: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -36,13 +38,23 @@ class PositionSampler(Sampler[list[Key]]):
     """Batch sampler: lists of (epoch, dataset position), one per micro-batch of this rank.
 
     Rank r takes the r-th contiguous slice of every global batch, and cuts it into `accumulate` micro-batches. Set
-    `epoch` and `start` (optimizer step to begin with) before iterating.
+    `epoch`, `start` (optimizer step to begin with) and, where not all images come once, `order` before iterating. The
+    second time that `order` names an image its key differs from the first, so that its crops do.
     """
 
     def __init__(
-        self, n: int, batch_size: int, *, accumulate: int = 1, rank: int = 0, world_size: int = 1, seed: int = 0
+        self,
+        n: int,
+        batch_size: int,
+        *,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        images_per_epoch: int | None = None,
     ) -> None:
         self.n = n
+        self.images = n if images_per_epoch is None else images_per_epoch
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.rank = rank
@@ -50,6 +62,7 @@ class PositionSampler(Sampler[list[Key]]):
         self.seed = seed
         self.epoch = 0
         self.start = 0
+        self.order: NDArray[np.int64] | None = None
 
     @property
     def global_batch(self) -> int:
@@ -59,15 +72,36 @@ class PositionSampler(Sampler[list[Key]]):
     @property
     def steps(self) -> int:
         """Optimizer steps of a whole epoch."""
-        return self.n // self.global_batch
+        return self.images // self.global_batch
 
     def __len__(self) -> int:
         return max(self.steps - self.start, 0) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch = self.epoch
         share = self.batch_size * self.accumulate
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        for row in epoch_batches(self.n, self.global_batch, self.seed, epoch)[self.start :, mine]:
-            for micro in row.reshape(self.accumulate, self.batch_size).tolist():
-                yield [(epoch, i) for i in micro]
+        positions_SG, times_SG = self._epoch()
+        keys_SG = self.epoch + times_SG * _EPOCHS
+        for keys, row in zip(keys_SG[self.start :, mine], positions_SG[self.start :, mine], strict=True):
+            pairs = list(zip(keys.tolist(), row.tolist(), strict=True))
+            for first in range(0, share, self.batch_size):
+                yield pairs[first : first + self.batch_size]
+
+    def _epoch(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Positions [S, G] and how often each came before in this epoch [S, G]."""
+        if self.order is None:
+            positions_SG = epoch_batches(self.n, self.global_batch, self.seed, self.epoch)
+            return positions_SG, np.zeros_like(positions_SG)
+        used = self.order[: self.steps * self.global_batch]
+        return used.reshape(self.steps, -1), times_before(used).reshape(self.steps, -1)
+
+
+def times_before(values_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each value occurred before its place, int64 [N]."""
+    by_value = np.argsort(values_N, kind="stable")
+    ordered = values_N[by_value]
+    first_of_run = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    run_lengths = np.diff(np.r_[first_of_run, len(ordered)])
+    times = np.empty(len(values_N), dtype=np.int64)
+    times[by_value] = np.arange(len(values_N)) - np.repeat(first_of_run, run_lengths)
+    return times

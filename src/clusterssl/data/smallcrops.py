@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clusterssl.data.boxes import SMALL_SIDE
+from clusterssl.data.boxes import SMALL_SIDE, Interpolation
 
 MAX_REDUCTION = 2
 """Up to this factor the rounded weights have at most 16 fractional bits, which float32 holds exactly with a pixel."""
@@ -28,58 +28,83 @@ def is_small(height: int, width: int, sizes: tuple[tuple[int, int], ...]) -> boo
     return fits and max(height, width, *(side for size in sizes for side in size)) <= SMALL_SIDE
 
 
-def axis_weights(length: int, out: int) -> NDArray[np.float64]:
-    """torch's antialiased bilinear uint8 weights from `length` to `out` pixels, [out, length], as exact fractions."""
+def _triangle(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.maximum(1 - np.abs(x), 0)
+
+
+def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keys' kernel with a = -0.5, as PIL's."""
+    x = np.abs(x)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+_KERNELS = {"bilinear": (_triangle, 1), "bicubic": (_cubic, 2)}  # and how far they reach
+_EXACT = {"bilinear": torch.float32, "bicubic": torch.float64}  # cubic weights have both signs and larger sums
+
+
+def axis_weights(length: int, out: int, interpolation: Interpolation = "bilinear") -> NDArray[np.float64]:
+    """torch's antialiased uint8 weights from `length` to `out` pixels, [out, length], as exact fractions."""
     if length == out:
         return np.eye(out)
+    kernel, reach = _KERNELS[interpolation]
     scale = length / out
-    support = max(scale, 1.0)
+    stretch = max(scale, 1.0)
+    support = reach * stretch
     centre = scale * (np.arange(out) + 0.5)[:, None]
     pixel = np.arange(length)[None, :]
     start = np.floor(np.maximum(centre - support + 0.5, 0))
     stop = np.minimum(np.floor(centre + support + 0.5), length)
-    weights = np.maximum(1 - np.abs((pixel - centre + 0.5) / support), 0) * ((pixel >= start) & (pixel < stop))
+    weights = kernel((pixel - centre + 0.5) / stretch) * ((pixel >= start) & (pixel < stop))
     weights /= weights.sum(axis=1, keepdims=True)
     bits = 0
     while bits < 22 and int(0.5 + weights.max() * 2 ** (bits + 1)) < 2**15:
         bits += 1
     assert bits <= 16, "float32 would round"
-    return np.floor(0.5 + weights * 2**bits) / 2**bits
+    return np.trunc(weights * 2**bits + np.copysign(0.5, weights)) / 2**bits
 
 
 @lru_cache(maxsize=32)
-def _table(side: int, out: int) -> Tensor:
-    """Weights of every box length, padded for every box start: a float32 view [length, start, out, side]."""
-    table = np.zeros((side + 1, out, 2 * side), dtype=np.float32)
+def _table(side: int, out: int, interpolation: Interpolation) -> Tensor:
+    """Weights of every box length, padded for every box start: a view [length, start, out, side]."""
+    table = np.zeros((side + 1, out, 2 * side))
     for length in range(1, side + 1):
-        table[length, :, side : side + length] = axis_weights(length, out)
-    return torch.from_numpy(table).unfold(2, side, 1).permute(0, 2, 1, 3)
+        table[length, :, side : side + length] = axis_weights(length, out, interpolation)
+    return torch.from_numpy(table).to(_EXACT[interpolation]).unfold(2, side, 1).permute(0, 2, 1, 3)
 
 
-def _weights(side: int, out: int, start_B: NDArray[np.int64], length_B: NDArray[np.int64]) -> Tensor:
+def _weights(
+    side: int, out: int, start_B: NDArray[np.int64], length_B: NDArray[np.int64], interpolation: Interpolation
+) -> Tensor:
     """[B, out, side]: zero outside the box."""
-    return _table(side, out)[torch.from_numpy(length_B), torch.from_numpy(side - start_B)]
+    return _table(side, out, interpolation)[torch.from_numpy(length_B), torch.from_numpy(side - start_B)]
 
 
-def small_crops(images_B3HW: Tensor, boxes_BV4: NDArray[np.int64], sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:
+def small_crops(
+    images_B3HW: Tensor,
+    boxes_BV4: NDArray[np.int64],
+    sizes: tuple[tuple[int, int], ...],
+    interpolation: Interpolation = "bilinear",
+) -> list[Tensor]:
     """Takes the crops of all views.
 
     Args:
         images_B3HW: uint8, small by `is_small`.
         boxes_BV4: top, left, height, width of each crop.
         sizes: height, width of each of the V results.
+        interpolation: as `boxes.resized_crop`.
 
     Returns:
         V tensors uint8 [B, 3, h, w].
     """
     count, _, height, width = images_B3HW.shape
-    pixels = images_B3HW.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    pixels = images_B3HW.permute(0, 2, 1, 3).to(_EXACT[interpolation], memory_format=torch.contiguous_format)
     pixels_BHW = pixels.view(count, height * 3, width)
     crops = []
     for view, (h, w) in enumerate(sizes):
         top, left, box_h, box_w = np.ascontiguousarray(boxes_BV4[:, view].T)
-        rows = pixels_BHW @ _weights(width, w, left, box_w).transpose(1, 2)
+        rows = pixels_BHW @ _weights(width, w, left, box_w, interpolation).transpose(1, 2)
         rows = rows.add_(0.5).floor_().clamp_(0, 255).view(count, height, 3 * w)
-        crop = (_weights(height, h, top, box_h) @ rows).add_(0.5).clamp_(0, 255)
+        crop = (_weights(height, h, top, box_h, interpolation) @ rows).add_(0.5).clamp_(0, 255)
         crops.append(crop.view(count, h, 3, w).to(torch.uint8).permute(0, 2, 1, 3))
     return crops

@@ -5,7 +5,9 @@ Everything downstream sees a `Source`: numbered images with names and, where kno
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -96,6 +98,16 @@ def open_source(data_path: str, *, split: str = "", limit: int = -1) -> Source:
     if limit > 0:
         listing = listing.first(limit)
     return cached_if_small(FileSource(listing))
+
+
+def fingerprint(source: Source) -> str:
+    """Hash of the images' names below their common folder, 16 hex digits: equal wherever the same dataset lies."""
+    names = [source.name(i) for i in range(len(source))]
+    start = len(os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))]))  # noqa: PTH120
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name[start:].encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _split_folder(path: Path, split: str) -> Path:

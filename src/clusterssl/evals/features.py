@@ -16,22 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clusterssl import dist
-from clusterssl.data import BadImages, EvalBatch, Source, eval_batches
+from clusterssl.data import BadImages, EvalBatch, Source, eval_batches, resize_for
 from clusterssl.evals.classifier import Step, rows_of_steps
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
 _ROWS_PER_EXCHANGE = 65536
-
-
-def resize_for(image_size: tuple[int, int]) -> int:
-    """Shorter side, in pixels, to which images are resized before the centre crop: 256 for 224, as published.
-
-    Up to 64 pixels nothing is cropped away: such images are small and show one thing.
-    """
-    side = max(image_size)
-    return side if side <= 64 else round(side * 256 / 224)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 def networks() -> dict[str, Any]:
     """Arrays of networks_forward.npz."""
     with np.load(GOLDEN / "networks_forward.npz") as arrays:
-        return {name: arrays[name] for name in arrays.files if name.startswith(("swav", "dcv2"))}
+        return {name: arrays[name] for name in arrays.files}
 
 
 @functools.cache
@@ -51,10 +51,24 @@ def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {key: torch.from_numpy(_fill(key, shape)) for key, shape in shapes.items()}
 
 
+_EDGE = np.array([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
+FIXED = {
+    "0.weight": np.full((1, 3, 1, 1), float(np.float32(1 / 3))),
+    "0.bias": np.zeros(1),
+    "1.weight": np.stack([_EDGE, _EDGE.T])[:, None],
+    "1.bias": np.zeros(2),
+}
+"""published values of the Sobel filters"""
+
+
 def _fill(key: str, shape: tuple[int, ...]) -> np.ndarray:
     if key.endswith("num_batches_tracked"):
         return np.zeros(shape, dtype=np.int64)
+    if "sobel" in key:
+        return FIXED[key.rpartition("sobel.")[2]]
     s = signed(key, shape)
+    if key.endswith("weight_g"):
+        return 1 + 0.1 * s
     if key.endswith("running_mean"):
         return 0.1 * s
     if key.endswith("running_var"):

@@ -76,7 +76,8 @@ def test_published_table_loads_strictly(name: str, prefix: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_table_tells_its_network(name: str) -> None:
     arch, hidden, dim, number, head_bn = PUBLISHED[name]
-    assert describe(published_table(name)) == Look(arch, "imagenet", hidden, dim, number, head_bn)
+    options = {"hidden_mlp": hidden, "feat_dim": dim, "nmb_prototypes": number, "head_bn": head_bn, "normalize": True}
+    assert describe(published_table(name)) == Look(arch, "imagenet", "multicrop", options)
 
 
 def test_filling_rule_is_the_published_one(swav: MultiCropNet) -> None:

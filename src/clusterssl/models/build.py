@@ -6,20 +6,22 @@ Legend of suffixes: V crops, B images, N = V * B rows, D embedding size, K proto
 from __future__ import annotations
 
 import difflib
-import itertools
 import logging
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clusterssl.errors import UserError
 from clusterssl.files import first_line
 from clusterssl.models.convnet import convnet, is_convnet
 from clusterssl.models.external import timm_backbone, torchvision_backbone
 from clusterssl.models.heads import MultiPrototypes, normalize_rows_, projection_head, prototypes
+from clusterssl.models.network import Network
 from clusterssl.models.resnet import RESNETS, resnet
 
 logger = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ def _nearest(arch: str) -> str:
     return f"; nearest: {', '.join(near)}" if near else "; use resnet50, conv4, a torchvision model or timm:NAME"
 
 
-class MultiCropNet(nn.Module):
+class MultiCropNet(Network):
     """Backbone, projection head and prototypes over crops of several sizes (Caron et al. 2020, section 3.2).
 
     Args:
@@ -115,6 +117,8 @@ class MultiCropNet(nn.Module):
         normalize: scale embeddings to unit length.
     """
 
+    net = "multicrop"
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -122,16 +126,10 @@ class MultiCropNet(nn.Module):
         prototype_layers: nn.Linear | MultiPrototypes,
         normalize: bool = True,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone)
         self.projection_head = head
         self.prototypes = prototype_layers
         self.normalize = normalize
-
-    def features(self, crops: Sequence[Tensor]) -> Tensor:
-        """Backbone features N x F; each maximal run of consecutive crops of one size is one pass of the backbone."""
-        runs = [list(run) for _, run in itertools.groupby(crops, key=lambda crop: crop.shape[-2:])]
-        return _cat([self.backbone(_cat(run)) for run in runs])
 
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor | list[Tensor]]:
         """Embeddings and prototype scores of all crops.
@@ -143,13 +141,29 @@ class MultiCropNet(nn.Module):
             z_ND of unit rows and scores_NK (a list of them with several prototype layers), at least float32;
             row v * B + b belongs to crop v of image b.
         """
-        y_ND = self.projection_head(self.features(crops))
         # Scores feed exp(score / 0.05): half precision would cost the assignment, and this product is cheap.
-        with torch.autocast(y_ND.device.type, enabled=False):
-            z_ND = y_ND.to(next(self.parameters()).dtype)
-            if self.normalize:
-                z_ND = F.normalize(z_ND, dim=1)
+        with self.full_precision(self.projection_head(self.features(crops))) as z_ND:
+            z_ND = F.normalize(z_ND, dim=1) if self.normalize else z_ND
             return z_ND, self.prototypes(z_ND)
+
+    def scores(self, crops: Sequence[Tensor]) -> list[Tensor]:
+        """Scores N x K of every prototype layer."""
+        scores = self.forward(crops)[1]
+        return [scores] if isinstance(scores, Tensor) else scores
+
+    def record(self) -> dict[str, Any]:
+        """See `Network.record`."""
+        layers = [layer for layer in self.projection_head.modules() if isinstance(layer, nn.Linear)]
+        norms = [layer for layer in self.projection_head.modules() if isinstance(layer, _BatchNorm)]
+        numbers = [layer.out_features for layer in self.prototype_layers()]
+        return {
+            **super().record(),
+            "hidden_mlp": layers[0].out_features if len(layers) > 1 else 0,
+            "feat_dim": layers[-1].out_features if layers else 0,
+            "nmb_prototypes": numbers[0] if isinstance(self.prototypes, nn.Linear) else numbers,
+            "head_bn": len(layers) < 2 or bool(norms),
+            "normalize": self.normalize,
+        }
 
     def prototype_layers(self) -> list[nn.Linear]:
         """The prototype layers, one or several."""
@@ -159,10 +173,6 @@ class MultiCropNet(nn.Module):
         """Scale every prototype to unit length, in place and without gradient."""
         for layer in self.prototype_layers():
             normalize_rows_(layer)
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def build_model(

@@ -4,51 +4,96 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from clusterssl.models.convnet import is_convnet
+from clusterssl.models.headed import head_sizes
 from clusterssl.models.resnet import RESNETS, shape_of
 
-HEAD_PARTS = ("projection_head", "prototypes")
+_HEAD = re.compile(r"(projection_head|prototypes|top_layer\d*|mlp_head|cls_\d+)\.")
+
+
+def head_part(name: str) -> str:
+    """The part of a network above its backbone that a flat name belongs to; "" for the backbone's own names."""
+    match = _HEAD.match(name)
+    return match[1] if match else ""
 
 
 @dataclass(frozen=True)
 class Look:
-    """Arguments of `build_model` that make the network of a file."""
+    """The network of a file: its class (`Network.net`), its backbone and the other arguments of its maker."""
 
     arch: str
     stem: str
-    hidden_mlp: int
-    feat_dim: int
-    nmb_prototypes: int | tuple[int, ...]
-    head_bn: bool
+    net: str = "multicrop"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def describe(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> Look | None:
-    """The network of a flat state dict (names without "module."); None when its backbone is not one of ours.
+    """The network of a flat state dict (see `weights`); None when its backbone is not one of ours.
 
     Args:
-        state: names and tensors.
-        meta: the "model" entry of an own checkpoint, which is believed where it names arch and stem.
+        state: names and tensors; sizes are always theirs.
+        meta: the "model" entry of an own checkpoint, which is believed in what shapes do not tell: arch, stem, net, ...
     """
     arch, stem = _backbone(state)
     meta = meta or {}
     arch, stem = str(meta.get("arch", arch or "")), str(meta.get("stem", stem))
     if not arch:
         return None
+    parts = {head_part(name) for name in state}
+    net = "selfclassifier" if "mlp_head" in parts or "cls_0" in parts else "multicrop"
+    net = "headed" if any(part.startswith("top_layer") for part in parts) else net
+    net = str(meta.get("net", net))
+    options = _OPTIONS[net](state, arch)
+    told = {key: value for key, value in meta.items() if key in options and key in _NOT_IN_SHAPES}
+    return Look(arch, stem, net, {**options, **told})
+
+
+_NOT_IN_SHAPES = ("normalize", "relu_before_heads", "head_std", "no_leaky", "fixed_cls")
+
+
+def _multicrop(state: Mapping[str, Tensor], arch: str) -> dict[str, Any]:
     head = {name: tensor for name, tensor in state.items() if name.startswith("projection_head.")}
     linears = [head[name] for name in sorted(head) if name.endswith("weight") and head[name].ndim == 2]
-    return Look(
-        arch=arch,
-        stem=stem,
-        hidden_mlp=len(linears[0]) if len(linears) > 1 else 0,
-        feat_dim=len(linears[-1]) if linears else 0,
-        nmb_prototypes=_prototypes(state),
-        head_bn=len(linears) < 2 or any(name.endswith("running_mean") for name in head),
-    )
+    return {
+        "hidden_mlp": len(linears[0]) if len(linears) > 1 else 0,
+        "feat_dim": len(linears[-1]) if linears else 0,
+        "nmb_prototypes": _prototypes(state),
+        "head_bn": len(linears) < 2 or any(name.endswith("running_mean") for name in head),
+        "normalize": True,
+    }
+
+
+def _headed(state: Mapping[str, Tensor], arch: str) -> dict[str, Any]:
+    cut = arch.removeprefix("sobel:").startswith(("deepcluster_", "sela_alexnet"))
+    return {"nmb_clusters": head_sizes(state), "relu_before_heads": cut, "head_std": 0.01 if cut else 0.0}
+
+
+def _selfclassifier(state: Mapping[str, Tensor], arch: str) -> dict[str, Any]:
+    mlp = {name: tensor for name, tensor in state.items() if name.startswith("mlp_head.")}
+    linears = [mlp[name] for name in sorted(mlp, key=_position) if name.endswith("weight") and mlp[name].ndim == 2]
+    classifiers = sum(re.fullmatch(r"cls_\d+\.weight_v", name) is not None for name in state)
+    sizes = {"hidden_dim": len(linears[0]), "dim": len(linears[-1])} if linears else {}
+    return {
+        "cls_size": tuple(len(state[f"cls_{i}.weight_v"]) for i in range(classifiers)),
+        "num_hidden": len(linears),
+        **sizes,
+        "use_bn": len(linears) < 2 or any(name.endswith("running_mean") for name in mlp),
+        "no_leaky": False,
+        "fixed_cls": False,
+    }
+
+
+def _position(name: str) -> int:
+    """Number of the layer that a name ends with."""
+    return int((re.findall(r"\.(\d+)\.", name) or ["0"])[-1])
+
+
+_OPTIONS = {"multicrop": _multicrop, "headed": _headed, "selfclassifier": _selfclassifier}
 
 
 def look_of(state: Mapping[str, Tensor]) -> str:

@@ -1,13 +1,13 @@
 """Published and own checkpoints: reading, naming, strict loading.
 
-Published files hold SwAV's flat names with a "module." prefix; in memory the same names go without the prefix
-("conv1.weight", "projection_head.0.weight", "prototypes.weight").
+What is read has flat names without the prefixes "module." and "backbone.": "conv1.weight", "projection_head.0.weight",
+"prototypes.weight", "top_layer.weight", "cls_0.weight_g". What is written has the names of the published files.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,10 @@ from clusterssl.errors import UserError
 from clusterssl.files import read_checkpoint
 from clusterssl.models.build import MultiCropNet, build_backbone, build_model
 from clusterssl.models.download import fetch, is_url
-from clusterssl.models.identify import HEAD_PARTS, Look, describe, look_of
+from clusterssl.models.headed import HeadedNet, build_headed, head_sizes
+from clusterssl.models.identify import Look, describe, head_part, look_of
+from clusterssl.models.network import Network
+from clusterssl.models.selfclassifier import SelfClassifierNet, build_selfclassifier
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +74,11 @@ def unwrap(checkpoint: Mapping[str, Any], where: str) -> tuple[State, dict[str, 
             f"{where}: holds no network weights (expected names and tensors, or those under 'state_dict'); "
             f"its entries: {_listed(map(str, checkpoint))}"
         )
-    flat = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    flat = {_flat(name): tensor for name, tensor in state.items()}
     if len(flat) < len(state):
-        raise UserError(f"{where}: holds the same parameters with and without 'module.'; give a file with one of them")
+        raise UserError(
+            f"{where}: holds the same parameters with and without 'module.' or 'backbone.'; give a file with one kind"
+        )
     meta = checkpoint.get("model")
     return flat, dict(meta) if isinstance(meta, Mapping) and meta is not state else {}
 
@@ -87,38 +92,69 @@ def _is_state(candidate: Any) -> bool:
 
 
 def published_state_dict(model: nn.Module) -> State:
-    """State dict with the published flat names and "module." prefix.
+    """State dict with the names of the published files.
+
+    SwAV, DeepCluster-v2: "module.conv1.weight"; Self-Classifier: "module.backbone.conv1.weight"; DeepCluster, SeLa:
+    "features.0.weight".
 
     Args:
-        model: a `MultiCropNet`, bare, compiled or under DistributedDataParallel. Tensors are shared, not copied.
+        model: a `Network`, bare, compiled or under DistributedDataParallel. Tensors are shared, not copied.
     """
-    return {"module." + name: tensor for name, tensor in flat_state_dict(model).items()}
+    net = bare(model)
+    before_all = getattr(net, "published_prefix", "module.")
+    before_backbone = getattr(net, "published_backbone", "")
+    return {
+        before_all + (before_backbone if name.startswith("backbone.") else "") + _flat(name): tensor
+        for name, tensor in net.state_dict().items()
+    }
 
 
 def flat_state_dict(model: nn.Module) -> State:
-    """State dict with the published flat names, without "module."."""
+    """State dict with flat names."""
     return {_flat(name): tensor for name, tensor in model.state_dict().items()}
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The network inside the wrappers of DistributedDataParallel and torch.compile."""
+    while not isinstance(model, Network):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+_SPELLINGS = (("_orig_mod.", ""), ("features.module.", "features."), ("top_layer.0.", "top_layer."))
+
+
 def _flat(name: str) -> str:
-    return name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("backbone.")
+    """The flat name; published files of DeepCluster and SeLa have spellings of their own."""
+    for published, ours in _SPELLINGS:
+        name = name.replace(published, ours)
+    return name.removeprefix("module.").removeprefix("backbone.")
 
 
 def load_published(model: nn.Module, state: Mapping[str, Tensor], where: str = "checkpoint") -> None:
     """Load a state dict of published names, strictly: the inverse of `published_state_dict`.
 
+    The heads of a `HeadedNet` take the sizes that they have in the state dict.
+
     Args:
-        model: a `MultiCropNet`, bare, compiled or under DistributedDataParallel.
-        state: names with or without "module.".
+        model: a `Network`, bare, compiled or under DistributedDataParallel.
+        state: names with or without "module." and "backbone.".
         where: how errors call the source.
 
     Raises:
         UserError: names missing or unexpected, or shapes that differ; the model is then unchanged.
     """
     flat, _ = unwrap(state, where)
-    own = {_flat(name): name for name in model.state_dict()}
-    _compare(flat, flat_state_dict(model), where)
-    model.load_state_dict({own[name]: tensor for name, tensor in flat.items()}, strict=False)
+    net = bare(model)
+    own = flat_state_dict(net)
+    if isinstance(net, HeadedNet) and head_sizes(flat):
+        own = {name: t for name, t in own.items() if not head_part(name)} | net.empty_heads(head_sizes(flat))
+    _compare(flat, own, where)
+    names = {_flat(name): name for name in net.state_dict()}
+    net.load_state_dict({names.get(name, name): tensor for name, tensor in flat.items()}, strict=False)
 
 
 def load_backbone(backbone: nn.Module, path_or_url: str) -> list[str]:
@@ -135,9 +171,9 @@ def load_backbone(backbone: nn.Module, path_or_url: str) -> list[str]:
 
 
 def load_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], where: str = "checkpoint") -> list[str]:
-    """As `load_backbone`, from a flat state dict without "module."."""
+    """As `load_backbone`, from a flat state dict."""
     classifier = str(getattr(backbone, "classifier_name", "") or "fc")
-    extra = [name for name in state if name.split(".")[0] in HEAD_PARTS or name.startswith((classifier + ".", "fc."))]
+    extra = [name for name in state if head_part(name) or name.startswith((classifier + ".", "fc."))]
     extra = [name for name in extra if name not in backbone.state_dict()]
     trunk = {name: tensor for name, tensor in state.items() if name not in set(extra)}
     _compare(trunk, backbone.state_dict(), where)
@@ -147,50 +183,56 @@ def load_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], where:
     return extra
 
 
-def init_model(model: MultiCropNet, path_or_url: str) -> list[str]:
-    """Start a network from a published or own checkpoint (`--init`).
+def init_model(model: Network, path_or_url: str) -> list[str]:
+    """Start a network from a published or own checkpoint of any method (`--init`).
 
-    The backbone is mandatory and strict. Head and prototypes are taken where all names and shapes agree,
+    The backbone is mandatory and strict. Heads, prototypes and classifiers are taken where all names and shapes agree,
     else one line of the log names what keeps its random values.
 
     Returns:
-        Parts left at random: "projection_head", "prototypes", both or none.
+        Parts left at random: "projection_head", "prototypes", "top_layer0", "mlp_head", "cls_0", ...
 
     Raises:
         UserError: see `load_backbone`.
     """
     state, _ = read_weights(path_or_url)
-    parts = {part: {n: t for n, t in state.items() if n.split(".")[0] == part} for part in HEAD_PARTS}
-    load_backbone_state(
-        model.backbone, {n: t for n, t in state.items() if n.split(".")[0] not in HEAD_PARTS}, path_or_url
-    )
+    load_backbone_state(model.backbone, {n: t for n, t in state.items() if not head_part(n)}, path_or_url)
     random = []
-    for part, offered in parts.items():
-        own = {f"{part}.{name}": tensor for name, tensor in getattr(model, part).state_dict().items()}
-        if own and _differences(offered, own):
+    for part, module in model.named_children():
+        own = {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
+        offered = {name: tensor for name, tensor in state.items() if head_part(name) == part}
+        if part == "backbone" or not own:
+            continue
+        if _differences(offered, own):
             random.append(part)
-        elif own:
-            fitting = {name.removeprefix(part + "."): tensor for name, tensor in offered.items()}
-            getattr(model, part).load_state_dict(fitting, strict=False)
+        else:
+            module.load_state_dict({n.removeprefix(part + "."): t for n, t in offered.items()}, strict=False)
     kept = f"; left at random: {', '.join(random)} (absent or of another shape there)" if random else ""
     logger.info("network initialised from %s%s", path_or_url, kept)
     return random
 
 
-def model_from_weights(path_or_url: str) -> MultiCropNet:
-    """The whole network of a SwAV-family checkpoint: architecture, head and prototypes as the file has them.
+def model_from_weights(path_or_url: str) -> Network:
+    """The whole network of a checkpoint of any method: architecture, heads and prototypes as the file has them.
 
     Raises:
         UserError: see `read_weights`; or the file does not tell its architecture.
     """
     state, look = _read_known(path_or_url)
-    model = build_model(look.arch, look.stem, look.hidden_mlp, look.feat_dim, look.nmb_prototypes, look.head_bn)
+    model = _MAKERS[look.net](look.arch, look.stem, **look.options)
     load_published(model, state, path_or_url)
     return model
 
 
+_MAKERS: dict[str, Callable[..., Network]] = {
+    MultiCropNet.net: build_model,
+    HeadedNet.net: build_headed,
+    SelfClassifierNet.net: build_selfclassifier,
+}
+
+
 def backbone_from_weights(path_or_url: str) -> nn.Module:
-    """The backbone of a SwAV-family checkpoint, of the architecture that the file tells.
+    """The backbone of a checkpoint of any method, of the architecture that the file tells.
 
     Raises:
         UserError: see `read_weights`; or the file does not tell its architecture.

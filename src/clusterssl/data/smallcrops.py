@@ -2,7 +2,8 @@
 
 An antialiased resize is a product with one matrix per axis. torch computes it for uint8 in integers: weights rounded to
 15 bits, each pass rounded to uint8. Those integers are exact in float32 as long as their products and sums stay below
-2^24, whatever the order of summation, so batched float matrix products give identical bits on every machine.
+2^24 (of the cubic kernel, in float64), whatever the order of summation, so batched float matrix products give identical
+bits on every machine.
 
 Suffixes: B rows of a batch, H x W pixels of the image, h x w of the crop.
 """

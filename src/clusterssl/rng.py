@@ -26,6 +26,7 @@ class Stream(IntEnum):
     ORDER = 2
     SPLIT = 3
     PIXELS = 4
+    BALANCE = 6
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

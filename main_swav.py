@@ -107,11 +107,11 @@ class SwAV(Method):
     def begin_epoch(self, epoch: int) -> None:
         self.assigner.begin_epoch(epoch, self.prototypes.weight)
 
-    def begin_step(self, micro_batches: Iterator[list[Tensor]]) -> None:
+    def begin_step(self, micro_batches: Iterator[tuple[list[Tensor], Tensor]]) -> None:
         """With accumulation: assign all micro-batches together, as one batch of their total size."""
         self.net.normalize_prototypes()
         with torch.no_grad(), unchanged_statistics(self.net):
-            z = [self.of_assigned(self.model(crops)[0]) for crops in micro_batches]
+            z = [self.of_assigned(self.model(crops)[0]) for crops, _ in micro_batches]
         q_ABK = self.assigner.assign(torch.cat(z, dim=1), self.prototypes.weight)
         self.planned = list(q_ABK.split([part.shape[1] for part in z], dim=1))
 

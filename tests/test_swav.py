@@ -165,7 +165,7 @@ def train(rank: int, world_size: int, batch_norm: bool, accumulate: int = 1, ste
         crops = [view.chunk(world_size)[rank] for view in images[step]]
         micro = [[view.chunk(accumulate)[m] for view in crops] for m in range(accumulate)]
         if accumulate > 1:
-            method.begin_step(iter(micro))
+            method.begin_step((batch, torch.zeros(len(batch[0]), dtype=torch.int64)) for batch in micro)
         step_loss = 0.0
         optimizer.zero_grad()
         for batch in micro:

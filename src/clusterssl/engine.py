@@ -135,13 +135,12 @@ class _Training:
         self.seed()
         if len(batches) > 1:
             with self.feed.autocast():
-                parts.method.begin_step(self.feed.crops(batch) for batch in batches)
+                parts.method.begin_step((self.feed.crops(batch), self.index(batch)) for batch in batches)
         step_loss = self.loss.new_zeros(())
         for number, batch in enumerate(batches):
             with self.no_sync(number < len(batches) - 1):
                 with self.feed.autocast():
-                    index = batch.index.to(parts.world.device, non_blocking=True)
-                    loss = parts.method.loss(self.feed.crops(batch), index) / len(batches)
+                    loss = parts.method.loss(self.feed.crops(batch), self.index(batch)) / len(batches)
                 self.scaler.scale(loss).backward()
             step_loss = step_loss + loss.detach()
             self.watch(batch)
@@ -150,6 +149,10 @@ class _Training:
         self.scaler.update()
         parts.optimizer.zero_grad(set_to_none=True)
         self.keep_count(step_loss)
+
+    def index(self, batch: Batch) -> Tensor:
+        """Dataset positions of a batch, on the device."""
+        return batch.index.to(self.parts.world.device, non_blocking=True)
 
     def seed(self) -> None:
         """Make what torch draws from here on depend on the step alone, so that a resumed run repeats it."""

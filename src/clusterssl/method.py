@@ -39,8 +39,8 @@ class Method:
     def refresh(self, step: int) -> None:
         """Something over all images between two steps, such as new labels; a checkpoint was written just before."""
 
-    def begin_step(self, micro_batches: Iterator[Crops]) -> None:
-        """With --accumulate above 1 only: look at the crops of the whole step before its losses are computed."""
+    def begin_step(self, micro_batches: Iterator[tuple[Crops, Tensor]]) -> None:
+        """With --accumulate above 1 only: look at the whole step, crops and index as `loss` gets them, before it."""
 
     def loss(self, crops: Crops, index: Tensor) -> Tensor:
         """Scalar loss of one (micro-)batch. crops: V tensors B x 3 x H x W; index: B dataset positions, int64."""

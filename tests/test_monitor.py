@@ -77,6 +77,17 @@ def judged(loss: float, z: torch.Tensor, epsilon: float, times: int = 3) -> str:
     return watch.verdict
 
 
+def test_occupancy_follows_a_number_of_clusters_that_changes_between_epochs() -> None:
+    monitor, z = Monitor(), torch.eye(8)
+    for number in (5, 7, 3):
+        monitor.observe(Observation(z, torch.eye(8)[:, :number], None))
+        assert monitor.epoch_occupancy() == [8 - number + 1, *[1] * (number - 1)]
+        resumed = Monitor()
+        resumed.load_state_dict(monitor.state_dict())
+        resumed.observe(Observation(z, torch.eye(8)[:, : number + 1], None))
+        assert resumed.epoch_occupancy() == [8 - number, *[1] * number]
+
+
 def test_verdict_needs_evidence_loss_at_ln_k_and_patience() -> None:
     one_direction = F.normalize(embeddings() * 0.01 + torch.ones(8))
     assert "nearly equal" in judged(math.log(20), one_direction, 0.05)

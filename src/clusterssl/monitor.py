@@ -65,9 +65,11 @@ class Occupancy:
     @torch.no_grad()
     def add(self, scores_NK: Tensor) -> None:
         """Count the rows' best prototypes; the raw scores are counted because assignments are balanced by force."""
-        nearest_N = scores_NK.argmax(1)
-        if self._counts_K is None:
-            self._counts_K = torch.zeros(scores_NK.shape[1], dtype=torch.int64, device=scores_NK.device)
+        nearest_N, number = scores_NK.argmax(1), scores_NK.shape[1]
+        if self._counts_K is None or len(self._counts_K) != number:  # other clusters may be of another number
+            self._counts_K = torch.zeros(number, dtype=torch.int64, device=scores_NK.device)
+            if self._carried_K is not None and len(self._carried_K) != number:
+                self._carried_K = None
         self._counts_K.scatter_add_(0, nearest_N, torch.ones_like(nearest_N))
 
     def total(self) -> Tensor | None:

@@ -82,6 +82,21 @@ def test_new_heads_of_the_same_size_are_the_same_parameters_with_new_values() ->
     assert net(crops(16))[1] == []
 
 
+def test_an_optimiser_goes_on_with_a_head_that_changes_size() -> None:
+    net = tiny(5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for size in (9, 3):
+        net(crops(16))[1][0].sum().backward()
+        net.set_heads([size])
+        assert net.top_layer.weight.grad is None and net.top_layer.out_features == size
+        before = net.top_layer.weight.detach().clone()
+        F.cross_entropy(net(crops(16))[1][0], torch.tensor([0, 1, 2])).backward()
+        grad = net.top_layer.weight.grad
+        optimizer.step()
+        torch.testing.assert_close(net.top_layer.weight.detach(), before - 0.1 * grad)
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize(("std", "spread", "bias"), [(0.01, 0.01, False), (0.0, (1 / 64 / 3) ** 0.5, True)])
 def test_weights_of_new_heads(std: float, spread: float, bias: bool) -> None:
     net = tiny(3000, head_std=std)

@@ -57,7 +57,7 @@ class HeadedNet(Network):
         return [getattr(self, name) for name in _names(len(self.nmb_clusters))]
 
     def set_heads(self, nmb_clusters: Sequence[int], generator: torch.Generator | None = None) -> None:
-        """New heads with new random weights. Where the sizes stay, the parameters are the same objects.
+        """New heads with new random weights. Where their number stays, the parameters are the same objects.
 
         Args:
             nmb_clusters: K of every head.
@@ -69,16 +69,25 @@ class HeadedNet(Network):
         sizes = tuple(nmb_clusters)
         if min(sizes, default=1) < 1:
             raise UserError(f"--nmb_clusters {' '.join(map(str, sizes))}: every head needs at least 1 cluster")
-        if sizes != self.nmb_clusters:
+        if len(sizes) != len(self.nmb_clusters):
             for name in _names(len(self.nmb_clusters)):
                 delattr(self, name)
             like = next(self.backbone.parameters(), torch.empty(0))
             for name, size in zip(_names(len(sizes)), sizes, strict=True):
                 head = nn.utils.skip_init(nn.Linear, self.feature_dim, size, device=like.device, dtype=like.dtype)
                 self.add_module(name, head)
-            self.nmb_clusters = sizes
-        for head in self.heads():
+        self.nmb_clusters = sizes
+        for head, size in zip(self.heads(), sizes, strict=True):
+            self._resize(head, size)
             self._reset(head, generator)
+
+    def _resize(self, head: nn.Linear, size: int) -> None:
+        """Give the same parameters another size, so that an optimiser goes on with them."""
+        if head.out_features != size:
+            head.out_features = size
+            head.weight.grad = head.bias.grad = None
+            head.weight.data = head.weight.data.new_empty(size, self.feature_dim)
+            head.bias.data = head.bias.data.new_empty(size)
 
     @torch.no_grad()
     def _reset(self, head: nn.Linear, generator: torch.Generator | None) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from clusterssl.optim import LARS, build_optimizer, warmup_cosine
+from clusterssl.models.selfclassifier import WeightNormLinear
+from clusterssl.optim import LARS, build_optimizer, decay_groups, warmup_cosine
 from tests.golden_files import Golden
 
 LARC = Golden("larc_sgd")
@@ -90,3 +93,42 @@ def test_optimizers_by_name() -> None:
     assert isinstance(build_optimizer(weight, "adamw", 1.0, 0.0), torch.optim.AdamW)
     with pytest.raises(ValueError, match="unknown optimiser"):
         build_optimizer(weight, "adam", 1.0, 0.0)
+
+
+PARAM_GROUPS = json.loads(str(Golden("eval_metrics")["sc_param_groups"]))
+
+
+@pytest.mark.parametrize("case", PARAM_GROUPS, ids=lambda case: f"{case['no_bias_wd']}-{case['bbone_wd']}")
+def test_parameter_groups_equal_the_published_ones(case: dict) -> None:
+    model = torch.nn.Module()
+    model.backbone = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    model.mlp_head, model.cls_0 = torch.nn.Linear(4, 3), WeightNormLinear(3, 5)
+    groups = decay_groups(model, no_bias_wd=case["no_bias_wd"], bbone_wd=case["bbone_wd"])
+    names = {id(p): name for name, p in model.named_parameters()}
+    expected = case["groups"] or [{"params": list(names.values())}]
+    assert len(expected) == len(groups)
+    for ours, published in zip(groups, expected, strict=True):
+        assert [names[id(p)] for p in ours["params"]] == published["params"]
+        assert ours.get("weight_decay") == published.get("weight_decay")
+    model.cls_0.weight_g.requires_grad_(False)
+    frozen = decay_groups(model, no_bias_wd=case["no_bias_wd"], bbone_wd=case["bbone_wd"])
+    assert sum(len(group["params"]) for group in frozen) == len(names) - 1
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_each_gradient_is_clipped_by_itself(name: str) -> None:
+    shapes = [(3, 4), (7,), (2, 2)]
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours = build_optimizer(params, name, 0.1, 1e-4, clip_grad=0.5)
+    plain = build_optimizer(twins, name, 0.1, 1e-4)
+    for _ in range(3):
+        for p, twin, size in zip(params[:2], twins, (10.0, 0.01), strict=False):  # the third has no gradient
+            p.grad = size * torch.randn_like(p)
+            twin.grad = p.grad.clone()
+            torch.nn.utils.clip_grad_norm_([twin], 0.5)
+        ours.step()
+        plain.step()
+        for p, twin in zip(params, twins, strict=True):
+            torch.testing.assert_close(p, twin)

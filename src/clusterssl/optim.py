@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LARS(torch.optim.Optimizer):
@@ -76,16 +76,62 @@ class LARS(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    params: Iterable[Any], name: str, lr: float, weight_decay: float, *, fused: bool = False
+    params: Iterable[Any], name: str, lr: float, weight_decay: float, *, fused: bool = False, clip_grad: float = 0.0
 ) -> torch.optim.Optimizer:
-    """The optimiser called `name`: "lars", "sgd" (momentum 0.9, no Nesterov) or "adamw" (betas 0.9, 0.999)."""
+    """The optimiser called `name`: "lars", "sgd" (momentum 0.9, no Nesterov) or "adamw" (betas 0.9, 0.999).
+
+    With `clip_grad`, the gradient of each parameter tensor is scaled down to that norm before every step; a gradient
+    scaler has unscaled it by then.
+    """
+    optimizer: torch.optim.Optimizer
     if name == "lars":
-        return LARS(params, lr, weight_decay=weight_decay)
-    if name == "sgd":
-        return torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay, foreach=True)
-    if name == "adamw":
-        return torch.optim.AdamW(params, lr, weight_decay=weight_decay, fused=fused or None)
-    raise ValueError(f"unknown optimiser {name!r}")
+        optimizer = LARS(params, lr, weight_decay=weight_decay)
+    elif name == "sgd":
+        optimizer = torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay, foreach=True)
+    elif name == "adamw":
+        optimizer = torch.optim.AdamW(params, lr, weight_decay=weight_decay, fused=fused or None)
+    else:
+        raise ValueError(f"unknown optimiser {name!r}")
+    if clip_grad > 0:
+        optimizer.register_step_pre_hook(lambda optimizer, *_: _clip_each_(optimizer, clip_grad))
+    return optimizer
+
+
+@torch.no_grad()
+def _clip_each_(optimizer: torch.optim.Optimizer, largest: float) -> None:
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if grads:
+        norms = torch._foreach_norm(grads)
+        scales = [(largest / (norm + 1e-6)).clamp_(max=1) for norm in norms]
+        torch._foreach_mul_(grads, scales)
+
+
+def decay_groups(model: nn.Module, *, no_bias_wd: bool = False, bbone_wd: float | None = None) -> list[dict[str, Any]]:
+    """Parameter groups by weight decay: the optimiser's, none, the backbone's; frozen parameters are in none.
+
+    Args:
+        model: with a `backbone`.
+        no_bias_wd: no decay of biases and of other parameters of one dimension, as those of BatchNorm.
+        bbone_wd: decay of what remains in the backbone; as all others when None.
+    """
+    regular: list[Tensor] = []
+    plain: list[Tensor] = []
+    backbone: list[Tensor] = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if no_bias_wd and (name.endswith(".bias") or p.ndim == 1):
+            plain.append(p)
+        elif bbone_wd is not None and "backbone" in name:
+            backbone.append(p)
+        else:
+            regular.append(p)
+    groups: list[dict[str, Any]] = [{"params": regular}]
+    if no_bias_wd:
+        groups.append({"params": plain, "weight_decay": 0.0})
+    if bbone_wd is not None:
+        groups.append({"params": backbone, "weight_decay": bbone_wd})
+    return groups
 
 
 def warmup_cosine(

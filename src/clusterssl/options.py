@@ -15,6 +15,8 @@ class DataOptions:
     data_path: str = "/path/to/imagenet"
     """folder of images (class folders or not), a .txt list of files, "digits" (built in) or "synthetic"; without this
     flag the script trains on the digits with settings fit for them"""
+    subset_file: str = ""
+    """text file that names the classes to train on, one a line by its first word; all classes without it"""
     nmb_crops: tuple[int, ...] = (2,)
     """crops of each resolution, e.g. 2 6"""
     size_crops: tuple[Size, ...] = (Size(224, 224),)
@@ -109,12 +111,14 @@ class OptimOptions:
     """epochs of linear warm-up; a run shorter than that warms up for a tenth of its epochs"""
     start_warmup: float = 0.0
     """learning rate at the start of the warm-up"""
+    clip_grad: float = 0.0
+    """largest norm of the gradient of each parameter tensor, longer ones are scaled to it; 0: none is"""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
             require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
         require(self.warmup_epochs >= 0, f"--warmup_epochs {self.warmup_epochs}: must not be negative")
-        for name in ("base_lr", "final_lr", "wd", "start_warmup"):
+        for name in ("base_lr", "final_lr", "wd", "start_warmup", "clip_grad"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"--{name} {value}: must be a finite number, 0 or more")
 

@@ -49,10 +49,10 @@ class PretrainConfig(Protocol):
 
 
 FREE = frozenset(
-    ["data_path", "workers", "max_bad_fraction", "batch_size", "accumulate", "epochs", "base_lr", "final_lr", "wd",
-     "warmup_epochs", "start_warmup", "init", "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq",
-     "stop_on_collapse", "device", "dist_url", "timeout_minutes", "world_size", "rank", "local_rank", "channels_last",
-     "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size"]
+    ["data_path", "subset_file", "workers", "max_bad_fraction", "batch_size", "accumulate", "epochs", "base_lr",
+     "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init", "dump_path", "checkpoint_freq",
+     "checkpoint_minutes", "log_freq", "stop_on_collapse", "device", "dist_url", "timeout_minutes", "world_size", "rank",
+     "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -144,7 +144,7 @@ def assemble(
     _tell(config, loader, model, world)
     optim = config.optim
     groups = parameter_groups(model, config) if parameter_groups else model.parameters()
-    optimizer = build_optimizer(groups, optim.optimizer, optim.base_lr, optim.wd)
+    optimizer = build_optimizer(groups, optim.optimizer, optim.base_lr, optim.wd, clip_grad=optim.clip_grad)
     rate = (learning_rate or _warmup_cosine)(config, loader.batches_per_epoch)
     return Parts(method, wrapped, optimizer, feed, _schedule(config, rate), run, world, _record(config, model))
 
@@ -158,7 +158,7 @@ def _loader(
         max_scale_crops=data.max_scale_crops, color_jitter=data.color_jitter, color_jitter_p=data.color_jitter_p,
         gray_p=data.gray_p, blur_p=data.blur_p, flip_p=data.flip_p,
     )  # fmt: skip
-    source = open_source(data.data_path)
+    source = open_source(data.data_path, subset_file=data.subset_file)
     return Loader(
         source, crops, batch_size=config.optim.batch_size, accumulate=config.optim.accumulate,
         rank=world.rank, world_size=world.size, seed=config.run.seed, workers=min(data.workers, os.cpu_count() or 1),

@@ -93,6 +93,44 @@ def test_links_are_followed_and_loops_are_not(tree: Path, tmp_path: Path) -> Non
         source.load(listed.index("cat/dead.png"))
 
 
+def test_subset_of_classes_is_numbered_as_the_file_names_them(tree: Path, tmp_path: Path) -> None:
+    subset = tmp_path / "classes.txt"
+    subset.write_text("eel  European eel\n\ncat\n")
+    source, whole = open_source(str(tree), subset_file=str(subset)), open_source(str(tree))
+    assert source.classes == ["eel", "cat"] and source.labels.tolist() == [1] * 4 + [0] * 4
+    kept = [i for i in range(12) if whole.classes[whole.labels[i]] != "dog"]
+    assert [source.name(i) for i in range(8)] == [whole.name(i) for i in kept]
+    assert torch.equal(source.load(7), whole.load(11))
+    digits = open_source("digits", subset_file=str(_written(tmp_path, "8\n3\n")))
+    assert len(digits) == (np.isin(open_source("digits").labels, [3, 8])).sum() and set(digits.labels) == {0, 1}
+
+
+def _written(folder: Path, text: str) -> Path:
+    path = folder / "subset.txt"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("cat\nyak\nemu big\n", r"2 of 3 classes are not in the data \(yak, emu\); it has 3 \(cat, dog, eel\)"),
+        ("\n \n", "names no class; write one class name a line"),
+        ("cat\ndog\ncat\n", "names cat more than once"),
+    ],
+)
+def test_impossible_subsets(text: str, told: str, tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=told):
+        open_source(str(tree), subset_file=str(_written(tmp_path, text)))
+
+
+def test_subset_of_images_without_classes_or_file(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="these images have no classes"):
+        open_source(str(tree / "cat"), subset_file=str(_written(tmp_path, "cat\n")))
+    with pytest.raises(UserError, match=r"no\.txt: cannot be read"):
+        open_source(str(tree), subset_file=str(tmp_path / "no.txt"))
+
+
 def test_list_file(tree: Path, tmp_path: Path) -> None:
     save(tree / "a b.png", 7)
     lines = [

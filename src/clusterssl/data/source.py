@@ -19,6 +19,7 @@ from clusterssl.data.builtin import digits, synthetic
 from clusterssl.data.cache import cached_if_small
 from clusterssl.data.decode import decode_file
 from clusterssl.data.listing import Listing, list_file, list_folder
+from clusterssl.data.subset import class_subset
 from clusterssl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class FileSource:
         return decode_file(self.name(i))
 
 
-def open_source(data_path: str, *, split: str = "", limit: int = -1) -> Source:
+def open_source(data_path: str, *, split: str = "", limit: int = -1, subset_file: str = "") -> Source:
     """Opens the images named by `data_path`.
 
     Args:
@@ -73,10 +74,16 @@ def open_source(data_path: str, *, split: str = "", limit: int = -1) -> Source:
         split: subfolder (or built-in split) to use; empty: the folder itself, or its train/ if it holds train/ and
             val/ or test/.
         limit: keep the first `limit` images; negative: all.
+        subset_file: text file that names the classes to keep (of those images), see `class_subset`; empty: all.
 
     Raises:
-        UserError: nothing there, no images in it, or no such split.
+        UserError: nothing there, no images in it, no such split, or no such classes.
     """
+    source = _all_classes(data_path, split, limit)
+    return class_subset(source, subset_file) if subset_file else source
+
+
+def _all_classes(data_path: str, split: str, limit: int) -> Source:
     kind = str(data_path).split(":")[0]
     if not str(data_path):
         raise UserError("no data: give a folder, a list file, digits or synthetic as data_path")

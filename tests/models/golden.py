@@ -16,6 +16,9 @@ from torch import Tensor
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
 
+_CHUNK = 1 << 16  # what fits into a processor's cache
+
+
 @functools.cache
 def networks() -> dict[str, Any]:
     """Arrays of networks_forward.npz."""
@@ -32,18 +35,25 @@ def published_names() -> dict[str, dict[str, str]]:
 
 def uniform(key: str, n: int) -> np.ndarray:
     """n numbers in [0, 1): splitmix64 of crc32(key) * 2^32 + i."""
-    with np.errstate(over="ignore"):
-        z = np.arange(n, dtype=np.uint64) + np.uint64(zlib.crc32(key.encode()) << 32)
-        z += np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) / 2.0**53
+    u = np.empty(n)
+    for start in range(0, n, _CHUNK):
+        i = np.arange(start, min(start + _CHUNK, n), dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            z = i + np.uint64(zlib.crc32(key.encode()) << 32)
+            z += np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+        u[start : start + len(i)] = (z >> np.uint64(11)).astype(np.float64) / 2.0**53
+    return u
 
 
 def signed(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Numbers in [-1, 1) in C order of the tensor."""
-    return (2 * uniform(key, int(np.prod(shape))) - 1).reshape(shape)
+    s = uniform(key, int(np.prod(shape)))
+    s *= 2
+    s -= 1
+    return s.reshape(shape)
 
 
 def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -74,7 +84,8 @@ def _fill(key: str, shape: tuple[int, ...]) -> np.ndarray:
     if key.endswith("running_var"):
         return 1.25 + 0.25 * s
     if len(shape) >= 2:
-        return s * np.sqrt(6 / (s.size / shape[0]))
+        s *= np.sqrt(6 / (s.size / shape[0]))
+        return s
     return 1 + 0.1 * s if key.endswith("weight") else 0.1 * s
 
 
@@ -83,7 +94,7 @@ def fill_sha256(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(key.encode())
-        digest.update(state[key].numpy().astype(np.float64).tobytes())
+        digest.update(state[key].numpy().astype(np.float64, copy=False).data)
     return digest.hexdigest()
 
 

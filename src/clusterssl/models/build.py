@@ -22,7 +22,9 @@ from clusterssl.models.convnet import convnet, is_convnet
 from clusterssl.models.external import timm_backbone, torchvision_backbone
 from clusterssl.models.heads import MultiPrototypes, normalize_rows_, projection_head, prototypes
 from clusterssl.models.network import Network
+from clusterssl.models.published import TRUNKS, trunk
 from clusterssl.models.resnet import RESNETS, resnet
+from clusterssl.models.sobel import see_edges
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,8 @@ def build_backbone(arch: str, stem: str = "imagenet") -> nn.Module:
     """Backbone without classifier.
 
     Args:
-        arch: resnet18, 34, 50, 101, 152, 50w2, 50w4, 50w5, conv4, conv4wN, a classification model of torchvision,
-            or "timm:NAME".
+        arch: resnet18, 34, 50, 101, 152, 50w2, 50w4, 50w5, conv4, conv4wN, one of `published.TRUNKS`, a classification
+            model of torchvision, or "timm:NAME"; "sobel:" before any of them puts fixed edge filters before it.
         stem: "imagenet" or "small" (3x3 stride 1, no max-pool); networks without a stem of that kind ignore it.
 
     Returns:
@@ -62,18 +64,29 @@ def build_backbone(arch: str, stem: str = "imagenet") -> nn.Module:
         UserError: unknown architecture or stem, or timm is asked for and absent.
     """
     _check_stem(stem)
-    if arch in RESNETS:
-        backbone: nn.Module = resnet(arch, stem)
-    elif is_convnet(arch):
-        backbone, stem = convnet(arch), "small"
-    elif arch.startswith("timm:"):
-        backbone, stem = timm_backbone(arch.removeprefix("timm:"), stem)
-    elif arch in torchvision.models.list_models(module=torchvision.models):
-        backbone, stem = torchvision_backbone(arch, stem)
+    name = arch.removeprefix("sobel:")
+    sobel = name != arch
+    if name in TRUNKS:
+        backbone, stem = trunk(name, sobel), "imagenet"
     else:
-        raise UserError(f"--arch {arch}: unknown architecture{_nearest(arch)}")
+        backbone, stem = _colour_backbone(name, stem)
+        if sobel:
+            see_edges(backbone, name)
     backbone.arch_name, backbone.stem_name = arch, stem  # type: ignore[assignment]
     return backbone
+
+
+def _colour_backbone(arch: str, stem: str) -> tuple[nn.Module, str]:
+    """A network of this library or of others, and the stem it really has."""
+    if arch in RESNETS:
+        return resnet(arch, stem), stem
+    if is_convnet(arch):
+        return convnet(arch), "small"
+    if arch.startswith("timm:"):
+        return timm_backbone(arch.removeprefix("timm:"), stem)
+    if arch in torchvision.models.list_models(module=torchvision.models):
+        return torchvision_backbone(arch, stem)
+    raise UserError(f"--arch {arch}: unknown architecture{_nearest(arch)}")
 
 
 @torch.no_grad()
@@ -102,7 +115,7 @@ def check_crop_sizes(backbone: nn.Module, sizes: Iterable[tuple[int, int]]) -> N
 
 
 def _nearest(arch: str) -> str:
-    names = [*RESNETS, "conv4", "conv4w32", *torchvision.models.list_models(module=torchvision.models)]
+    names = [*RESNETS, *TRUNKS, "conv4", "conv4w32", *torchvision.models.list_models(module=torchvision.models)]
     near = difflib.get_close_matches(arch.lower(), dict.fromkeys(names), n=3, cutoff=0.4)
     return f"; nearest: {', '.join(near)}" if near else "; use resnet50, conv4, a torchvision model or timm:NAME"
 

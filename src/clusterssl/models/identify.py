@@ -103,9 +103,20 @@ def look_of(state: Mapping[str, Tensor]) -> str:
 
 
 def _backbone(state: Mapping[str, Tensor]) -> tuple[str | None, str]:
-    first = state.get("conv1.weight")
+    """Architecture and stem; the number of input channels tells edges from colours."""
+    first = next((state[name] for name in _FIRST if name in state), None)
     if first is None or first.ndim != 4:
         return None, "imagenet"
+    arch, stem = _of_layers(state, first)
+    return (f"sobel:{arch}" if arch and first.shape[1] == 2 else arch), stem
+
+
+_FIRST = ("conv1.weight", "features.0.weight", "patch_embed.proj.weight")
+
+
+def _of_layers(state: Mapping[str, Tensor], first: Tensor) -> tuple[str | None, str]:
+    if "conv1.weight" not in state:
+        return _published(state, first), "imagenet"
     stem = "small" if first.shape[-1] == 3 else "imagenet"
     if "conv4.weight" in state and is_convnet(f"conv4w{len(first)}"):
         return ("conv4" if len(first) == 16 else f"conv4w{len(first)}"), "small"
@@ -113,6 +124,21 @@ def _backbone(state: Mapping[str, Tensor]) -> tuple[str | None, str]:
     layers = tuple(sum(block.startswith(f"layer{i}.") for block in blocks) for i in range(1, 5))
     seen = ("layer1.0.conv3.weight" in state, layers, len(first))
     return next((arch for arch in RESNETS if shape_of(arch) == seen), None), stem
+
+
+def _published(state: Mapping[str, Tensor], first: Tensor) -> str | None:
+    """One of `published.TRUNKS`; torchvision's AlexNet and VGG have a third linear layer or no BatchNorm."""
+    edges = first.shape[1] == 2
+    signs = {
+        "sela_resnetv2": "features.2.0.bn1.weight" in state,
+        "sela_resnetv1": "features.4.0.conv1.weight" in state,
+        "deepcluster_alexnet" if edges else "sela_alexnet": "features.15.running_mean" in state and len(first) == 96,
+        "sela_alexnet_small": "features.15.running_mean" in state and first.shape[-1] == 11 and len(first) == 64,
+        "deepcluster_vgg16": "features.41.running_mean" in state and "classifier.6.weight" not in state,
+    }
+    if "cls_token" in state and first.shape[-1] == 16 and "blocks.11.mlp.fc2.weight" in state:
+        return {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}.get(len(first))
+    return next((arch for arch, found in signs.items() if found), None)
 
 
 def _prototypes(state: Mapping[str, Tensor]) -> int | tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 Block = type["BasicBlock"] | type["Bottleneck"]
 
 
-def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
+def conv2d(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
     """Convolution without bias that keeps height and width when the stride is 1."""
     return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
 
@@ -24,9 +24,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = _conv(in_channels, channels, 3, stride)
+        self.conv1 = conv2d(in_channels, channels, 3, stride)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv(channels, channels, 3)
+        self.conv2 = conv2d(channels, channels, 3)
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(in_channels, channels, stride)
@@ -47,11 +47,11 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
         out_channels = channels * self.expansion
-        self.conv1 = _conv(in_channels, channels, 1)
+        self.conv1 = conv2d(in_channels, channels, 1)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv(channels, channels, 3, stride)
+        self.conv2 = conv2d(channels, channels, 3, stride)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = _conv(channels, out_channels, 1)
+        self.conv3 = conv2d(channels, out_channels, 1)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(in_channels, out_channels, stride)
@@ -68,7 +68,7 @@ class Bottleneck(nn.Module):
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(conv2d(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
 def init_convolutions(module: nn.Module) -> None:
@@ -97,7 +97,7 @@ class ResNet(nn.Module):
         super().__init__()
         base = 64 * width
         self.feature_dim = base * 8 * block.expansion
-        self.conv1 = _conv(3, base, 7, 2) if stem == "imagenet" else _conv(3, base, 3)
+        self.conv1 = conv2d(3, base, 7, 2) if stem == "imagenet" else conv2d(3, base, 3)
         self.bn1 = nn.BatchNorm2d(base)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()

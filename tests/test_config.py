@@ -134,6 +134,12 @@ def test_another_vocabulary_is_translated() -> None:
     assert cfg.translate(ours, aliases, positional="data_path") == ours
 
 
+def test_negative_values_of_some_flags_are_powers_of_ten() -> None:
+    words = ["--wd", "-5", "--lr", "-5", "--decay", "-4.5", "--wd", "1e-6", "DIR"]
+    ours = ["--wd", "1e-05", "--lr", "-5", "--wd", "3.16228e-05", "--wd", "1e-6", "DIR"]
+    assert cfg.translate(words, {"decay": "wd"}, powers=["wd"]) == ours
+
+
 def test_a_switch_needs_no_value() -> None:
     @dataclass(frozen=True)
     class Switches:

@@ -95,6 +95,20 @@ def test_optimizers_by_name() -> None:
         build_optimizer(weight, "adam", 1.0, 0.0)
 
 
+@pytest.mark.parametrize("name", ["lars", "sgd"])
+def test_momentum_of_all_groups_but_those_with_their_own(name: str) -> None:
+    """From zero, where LARS leaves gradients as they are, a second gradient of 1 moves by 1 + m."""
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "momentum": 0.0}]
+    optimizer = build_optimizer(groups, name, 0.5, 0.0, momentum=0.6)
+    for expected in ([-0.5, -0.5], [-0.8, -0.5]):
+        for p in params:
+            p.data.zero_()
+            p.grad = torch.ones(3)
+        optimizer.step()
+        assert [float(p.detach()[0]) for p in params] == pytest.approx(expected)
+
+
 PARAM_GROUPS = json.loads(str(Golden("eval_metrics")["sc_param_groups"]))
 
 

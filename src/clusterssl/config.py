@@ -19,7 +19,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from clusterssl.errors import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, UserError
@@ -117,7 +117,9 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, *, description: str =
     return _replace(start, values)
 
 
-def translate(argv: Sequence[str], aliases: Mapping[str, str | None], *, positional: str = "") -> list[str]:
+def translate(
+    argv: Sequence[str], aliases: Mapping[str, str | None], *, positional: str = "", powers: Collection[str] = ()
+) -> list[str]:
     """A command line in another vocabulary as one in ours.
 
     Args:
@@ -125,13 +127,15 @@ def translate(argv: Sequence[str], aliases: Mapping[str, str | None], *, positio
         aliases: from a flag's name there (underscores, without its hyphens; one letter for a short flag) to ours; None:
             accepted and ignored, with its values.
         positional: our flag for a first word that is no flag.
+        powers: our flags whose negative values are powers of ten there: -5 is 1e-05.
     """
     words: list[str] = [f"--{positional}"] if positional and argv and not argv[0].startswith("-") else []
     ignored = False
     for word in map(_underscored, argv):
         name, equals, value = word.lstrip("-").partition("=")
         if not _is_flag(word):
-            words += [] if ignored else [word]
+            power = word.startswith("-") and bool(words) and words[-1].lstrip("-") in powers
+            words += [] if ignored else [f"{10 ** float(word):g}" if power else word]
             continue
         ignored = name in aliases and aliases[name] is None
         if not ignored:

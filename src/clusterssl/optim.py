@@ -76,18 +76,25 @@ class LARS(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    params: Iterable[Any], name: str, lr: float, weight_decay: float, *, fused: bool = False, clip_grad: float = 0.0
+    params: Iterable[Any],
+    name: str,
+    lr: float,
+    weight_decay: float,
+    *,
+    momentum: float = 0.9,
+    fused: bool = False,
+    clip_grad: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """The optimiser called `name`: "lars", "sgd" (momentum 0.9, no Nesterov) or "adamw" (betas 0.9, 0.999).
+    """The optimiser called `name`: "lars", "sgd" (no Nesterov) or "adamw" (betas 0.9, 0.999, whatever the momentum).
 
     With `clip_grad`, the gradient of each parameter tensor is scaled down to that norm before every step; a gradient
     scaler has unscaled it by then.
     """
     optimizer: torch.optim.Optimizer
     if name == "lars":
-        optimizer = LARS(params, lr, weight_decay=weight_decay)
+        optimizer = LARS(params, lr, momentum, weight_decay)
     elif name == "sgd":
-        optimizer = torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay, foreach=True)
+        optimizer = torch.optim.SGD(params, lr, momentum, weight_decay=weight_decay, foreach=True)
     elif name == "adamw":
         optimizer = torch.optim.AdamW(params, lr, weight_decay=weight_decay, fused=fused or None)
     else:

@@ -113,6 +113,10 @@ class OptimOptions:
     """learning rate at the start of the warm-up"""
     clip_grad: float = 0.0
     """largest norm of the gradient of each parameter tensor, longer ones are scaled to it; 0: none is"""
+    momentum: float = 0.9
+    """of lars and sgd"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """of the learning rate; only cosine looks at --warmup_epochs, --start_warmup and --final_lr"""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
@@ -121,6 +125,7 @@ class OptimOptions:
         for name in ("base_lr", "final_lr", "wd", "start_warmup", "clip_grad"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"--{name} {value}: must be a finite number, 0 or more")
+        require(0 <= self.momentum < 1, f"--momentum {self.momentum}: must be at least 0 and below 1")
 
     @property
     def usable_warmup(self) -> int:

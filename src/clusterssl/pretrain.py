@@ -51,8 +51,8 @@ class PretrainConfig(Protocol):
 FREE = frozenset(
     ["data_path", "subset_file", "workers", "max_bad_fraction", "batch_size", "accumulate", "epochs", "base_lr",
      "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init", "dump_path", "checkpoint_freq",
-     "checkpoint_minutes", "log_freq", "stop_on_collapse", "device", "dist_url", "timeout_minutes", "world_size", "rank",
-     "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size"]
+     "checkpoint_minutes", "log_freq", "stop_on_collapse", "device", "dist_url", "timeout_minutes", "world_size",
+     "rank", "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -122,7 +122,7 @@ def assemble(
         multicrop: crops and strengths of the augmentation, where they are not those of `config.data`.
         augment: normalisation, where it is not SwAV's.
         parameter_groups: of the optimiser, from the bare model; all parameters alike when None.
-        learning_rate: from the configuration and the steps of an epoch to the rate of each step; warm-up and cosine
+        learning_rate: from the configuration and the steps of an epoch to the rate of each step; as --schedule says
             when None.
         images_per_epoch: from the configuration and the number of images; each once when None.
 
@@ -144,8 +144,10 @@ def assemble(
     _tell(config, loader, model, world)
     optim = config.optim
     groups = parameter_groups(model, config) if parameter_groups else model.parameters()
-    optimizer = build_optimizer(groups, optim.optimizer, optim.base_lr, optim.wd, clip_grad=optim.clip_grad)
-    rate = (learning_rate or _warmup_cosine)(config, loader.batches_per_epoch)
+    optimizer = build_optimizer(
+        groups, optim.optimizer, optim.base_lr, optim.wd, momentum=optim.momentum, clip_grad=optim.clip_grad
+    )
+    rate = (learning_rate or _SCHEDULES[optim.schedule])(config, loader.batches_per_epoch)
     return Parts(method, wrapped, optimizer, feed, _schedule(config, rate), run, world, _record(config, model))
 
 
@@ -196,6 +198,13 @@ def _warmup_cosine(config: PretrainConfig, steps_per_epoch: int) -> Callable[[in
         warmup_cosine, steps_per_epoch=steps_per_epoch, epochs=optim.epochs, warmup_epochs=optim.usable_warmup,
         start=optim.start_warmup, base=optim.base_lr, final=optim.final_lr,
     )  # fmt: skip
+
+
+def _constant(config: PretrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    return lambda step: config.optim.base_lr
+
+
+_SCHEDULES = {"cosine": _warmup_cosine, "constant": _constant}
 
 
 def _schedule(config: PretrainConfig, learning_rate: Callable[[int], float]) -> Schedule:

@@ -38,6 +38,7 @@ def extract(
     indices: NDArray[np.int64] | None = None,
     gather: bool = True,
     what: str = "features",
+    ledger: Unreadable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features of centre crops in float32, in dataset order, each readable image once; in evaluation mode.
 
@@ -54,6 +55,7 @@ def extract(
         indices: dataset positions; all when None.
         gather: give every rank all rows, else only those of its own share.
         what: name of the images in log lines.
+        ledger: where this rank's unreadable images are entered.
 
     Returns:
         Features [N, ...] float32 and labels [N] int64, on the CPU.
@@ -61,25 +63,49 @@ def extract(
     rows = np.arange(len(source)) if indices is None else np.asarray(indices)
     first, last = dist.share(-(-len(rows) // batch_size))
     mine = rows[first * batch_size : last * batch_size]
-    was_training, device = backbone.training, torch.device(device)
-    backbone.to(device).eval()
-    unreadable = _Unreadable(source)
-    batches = eval_batches(
-        source, mine, image_size=image_size, resize=resize_for(image_size) if resize is None else resize,
-        batch_size=batch_size, workers=workers, device=device, ledger=unreadable,
+    unreadable = Unreadable(source) if ledger is None else ledger
+    batches = feature_batches(
+        backbone, source, mine, image_size=image_size, resize=resize, batch_size=batch_size, workers=workers,
+        device=device, ledger=unreadable, what=what,
     )  # fmt: skip
-    parts = [backbone(batch.images).float().cpu() for batch in timed(batches, len(mine), what)]
-    backbone.train(was_training)
-    readable = torch.from_numpy(~np.isin(mine, list(unreadable.positions)))
+    parts = list(batches)
+    readable = torch.from_numpy(unreadable.readable(mine))
     features = _with_shape(parts)[readable]
     labels = torch.from_numpy(np.asarray(source.labels)[mine])[readable]
-    left_out = int(dist.all_reduce_((~readable).sum()))
-    if left_out and dist.rank() == 0:
-        logger.warning("%s: %d unreadable images left out", what, left_out)
+    tell_left_out(readable, what)
     return (_gather(features), dist.all_gather_cat(labels)) if gather else (features, labels)
 
 
-class _Unreadable(BadImages):
+@torch.no_grad()
+def feature_batches(
+    backbone: nn.Module, source: Source, rows: NDArray[np.int64], *, image_size: tuple[int, int], resize: int | None,
+    batch_size: int, workers: int, device: torch.device | str, ledger: BadImages, what: str,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Features of centre crops batch by batch, float32 on the CPU; arguments as in `extract`.
+
+    Every position of `rows` gives a row; those entered in `ledger` belong to a neighbour of an unreadable image.
+    """
+    was_training, device = backbone.training, torch.device(device)
+    backbone.to(device).eval()
+    batches = eval_batches(
+        source, rows, image_size=image_size, resize=resize_for(image_size) if resize is None else resize,
+        batch_size=batch_size, workers=workers, device=device, ledger=ledger,
+    )  # fmt: skip
+    try:
+        for batch in timed(batches, len(rows), what):
+            yield backbone(batch.images).float().cpu()
+    finally:
+        backbone.train(was_training)
+
+
+def tell_left_out(readable: Tensor, what: str) -> None:
+    """Say once how many images of all ranks could not be read."""
+    left_out = int(dist.all_reduce_((~readable).sum()))
+    if left_out and dist.rank() == 0:
+        logger.warning("%s: %d unreadable images left out", what, left_out)
+
+
+class Unreadable(BadImages):
     """Notes which positions could not be read; an evaluation leaves them out rather than count a neighbour twice."""
 
     def __init__(self, source: Source) -> None:
@@ -91,6 +117,10 @@ class _Unreadable(BadImages):
             if position not in self.positions:
                 self.positions.add(position)
                 logger.warning("unreadable image: %s: %s", self.source.name(position), reason)
+
+    def readable(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which dataset positions could be read."""
+        return ~np.isin(rows, list(self.positions))
 
 
 def _with_shape(parts: list[Tensor]) -> Tensor:

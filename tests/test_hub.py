@@ -16,6 +16,8 @@ import torchvision
 from clusterssl import hub
 from clusterssl.errors import UserError
 from clusterssl.models.build import MultiCropNet, build_model
+from clusterssl.models.download import cache_path
+from clusterssl.models.headed import build_headed
 from clusterssl.models.weights import flat_state_dict, published_state_dict
 from tests.models.server import serve
 
@@ -41,6 +43,20 @@ VARIANTS = {
     "deepclusterv2_400ep_2x224": "deepclusterv2_400ep_2x224_pretrain.pth.tar",
     "selav2_400ep": "selav2_400ep_pretrain.pth.tar",
     "selav2_400ep_2x224": "selav2_400ep_2x224_pretrain.pth.tar",
+}
+
+SELA = "http://www.robots.ox.ac.uk/~vgg/research/self-label/asset"
+SEEDS = {
+    "deepcluster_alexnet": f"{PUBLISHED}/alexnet/checkpoint.pth.tar",
+    "deepcluster_vgg16": f"{PUBLISHED}/vgg16/checkpoint.pth.tar",
+    "sela_resnet18_1k_pp": f"{SELA}/new_models/resnet18-1k_pp.pth",
+    "sela_resnet50_1k_pp": f"{SELA}/new_models/resnet50-1k_pp.pth",
+    "sela_resnet50_10x3k_pp": f"{SELA}/new_models/resnet50-10x3k_pp.pth",
+}
+BY_HAND = {
+    "sela_resnetv2_10x3k": f"{SELA}/pretrained.zip",
+    "sela_alexnet_10x3k": f"{SELA}/pretrained.zip",
+    "selfclassifier_resnet50": "https://drive.google.com/drive/folders/1o8M1cSVnhsMsdiRejj0DweWs2mhtP57F",
 }
 
 
@@ -69,11 +85,42 @@ def load(name: str, **kwargs: object) -> torch.nn.Module:
 def test_every_published_variant_is_listed_with_its_address() -> None:
     entries = runpy.run_path(str(REPO / "hubconf.py"))
     # The rule of torch.hub.list: every callable whose name does not begin with an underscore.
-    assert {name for name, value in entries.items() if callable(value) and name[0] != "_"} == {*VARIANTS, "backbone"}
+    names = {name for name, value in entries.items() if callable(value) and name[0] != "_"}
+    assert names == {*VARIANTS, *SEEDS, *BY_HAND, "backbone", "network"}
     assert entries["dependencies"] == ["torch", "torchvision"]
     for name, file in VARIANTS.items():
         assert f"{PUBLISHED}/{file}" in (getattr(hub, name).__doc__ or ""), name
         assert getattr(hub, name).__name__ == name
+    for name, address in (SEEDS | BY_HAND).items():
+        assert address in (getattr(hub, name).__doc__ or ""), name
+        assert getattr(hub, name).__name__ == name
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_weights_without_an_address_are_named_in_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: .*weights=PATH") as error:
+        load(name)
+    assert BY_HAND[name] in str(error.value) and "\n" not in str(error.value)
+    with torch.device("meta"):
+        assert load(name, pretrained=False)(torch.empty(1, 3, 224, 224)).shape[0] == 1
+
+
+def test_files_of_one_name_do_not_meet_in_the_cache() -> None:
+    paths = {cache_path(address) for address in SEEDS.values()}
+    assert len(paths) == len(SEEDS)
+
+
+def test_published_network_predicts_clusters(cache: Path) -> None:
+    net = build_headed("resnet18", "imagenet", (7,)).eval()
+    state = {name.replace("top_layer", "fc"): tensor for name, tensor in published_state_dict(net).items()}
+    torch.save({"state_dict": state, "labels": torch.zeros(1, 4, dtype=torch.int64)}, cache / "sela.pth")
+    cache_path(SEEDS["sela_resnet18_1k_pp"]).symlink_to(cache / "sela.pth")
+    images = torch.randn(2, 3, 64, 64)
+    for whole in (load("sela_resnet18_1k_pp", head=True), load("network", weights=str(cache / "sela.pth"))):
+        assert torch.equal(whole.eval().predict(images), net.predict(images))
+    torch.testing.assert_close(load("sela_resnet18_1k_pp").eval()(images), net.backbone(images))
+    with pytest.raises(UserError, match="pretrained=False"):
+        load("sela_resnet18_1k_pp", pretrained=False, head=True)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "deepclusterv2_400ep"])

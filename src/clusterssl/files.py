@@ -84,7 +84,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on old or foreign pickle protocols help nobody
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([_Queue]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, {_why_refused(error)}") from error
     except Exception as error:  # a damaged file can fail anywhere inside the reader
@@ -93,6 +94,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint dictionary")
     return state
+
+
+class _Queue:
+    """Takes the place of the class whose instance Self-Classifier's files hold beside the weights; runs nothing."""
+
+
+_Queue.__module__, _Queue.__qualname__ = "utils", "NNQueue"
 
 
 def _why_refused(error: Exception) -> str:

@@ -34,10 +34,10 @@ def is_url(path_or_url: str) -> bool:
 def cache_path(url: str) -> Path:
     """Where the file of `url` is kept: torch.hub.get_dir()/checkpoints, under torch's own name for the published files.
 
-    Other addresses get a prefix of their hash, because names like checkpoint.pth.tar occur everywhere.
+    Others get a prefix of their address's hash: checkpoint.pth.tar is a name of several published files already.
     """
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "download"
-    if not url.startswith(PUBLISHED + "/"):
+    if url != f"{PUBLISHED}/{name}":
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}_{name}"
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 

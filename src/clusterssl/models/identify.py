@@ -53,6 +53,16 @@ def describe(state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None)
     return Look(arch, stem, net, {**options, **told})
 
 
+def classifier_as_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with the classifier `fc` of a residual network as its head, where it has no other.
+
+    SeLa's files in torchvision's names keep their first head there.
+    """
+    if "fc.weight" not in state or "layer4.0.conv1.weight" not in state or any(map(head_part, state)):
+        return dict(state)
+    return {re.sub(r"^fc\.", "top_layer.", name): tensor for name, tensor in state.items()}
+
+
 _NOT_IN_SHAPES = ("normalize", "relu_before_heads", "head_std", "no_leaky", "fixed_cls")
 
 

@@ -1,94 +1,21 @@
-"""Published and own checkpoints: reading, naming, strict loading.
-
-What is read has flat names without the prefixes "module." and "backbone.": "conv1.weight", "projection_head.0.weight",
-"prototypes.weight", "top_layer.weight", "cls_0.weight_g". What is written has the names of the published files.
-"""
+"""Published and own checkpoints: strict loading, writing under the published names, whole networks from files."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from clusterssl.errors import UserError
-from clusterssl.files import read_checkpoint
 from clusterssl.models.build import MultiCropNet, build_backbone, build_model
-from clusterssl.models.download import fetch, is_url
 from clusterssl.models.headed import HeadedNet, build_headed, head_sizes
-from clusterssl.models.identify import Look, describe, head_part, look_of
+from clusterssl.models.identify import Look, classifier_as_head, describe, head_part, look_of
 from clusterssl.models.network import Network
+from clusterssl.models.reading import State, flat_name, listed, read_weights, unwrap
 from clusterssl.models.selfclassifier import SelfClassifierNet, build_selfclassifier
 
 logger = logging.getLogger(__name__)
-
-State = dict[str, Tensor]
-_WRAPPERS = ("state_dict", "model")
-_LISTED = 8
-
-
-def read_weights(path_or_url: str) -> tuple[State, dict[str, Any]]:
-    """Parameters of a checkpoint file or address, and what an own checkpoint says of its network.
-
-    Understands a flat state dict and one wrapped in "state_dict" (or "model"), with and without "module.".
-
-    Returns:
-        Flat state dict without "module.", and the checkpoint's "model" entry ({} in files of others):
-        arch, stem, size_crops, ...
-
-    Raises:
-        UserError: missing, unreadable, truncated, unsafe file, failed download, or a file without weights.
-    """
-    state, meta = _read(str(path_or_url))
-    if not all(bool(tensor.isfinite().all()) for tensor in state.values() if tensor.is_floating_point()):
-        raise UserError(
-            f"{path_or_url}: holds weights that are not finite (NaN or infinite); take an earlier checkpoint"
-        )
-    return state, meta
-
-
-def _read(path_or_url: str) -> tuple[State, dict[str, Any]]:
-    if not is_url(path_or_url):
-        return unwrap(read_checkpoint(path_or_url), path_or_url)
-    path, fresh = fetch(path_or_url)
-    try:
-        return unwrap(read_checkpoint(path), path_or_url)
-    except UserError as error:
-        if fresh:
-            path.unlink(missing_ok=True)
-            raise UserError(f"{error}; downloaded from {path_or_url} and thrown away") from error
-        raise UserError(f"{error}; delete {path} to download it again") from error
-
-
-def unwrap(checkpoint: Mapping[str, Any], where: str) -> tuple[State, dict[str, Any]]:
-    """Flat state dict without "module." and the "model" entry of a checkpoint already read.
-
-    Raises:
-        UserError: nothing in it is a state dict, or two names fall together.
-    """
-    candidates = [checkpoint[key] for key in _WRAPPERS if key in checkpoint] + [checkpoint]
-    state = next((c for c in candidates if _is_state(c)), None)
-    if state is None:
-        raise UserError(
-            f"{where}: holds no network weights (expected names and tensors, or those under 'state_dict'); "
-            f"its entries: {_listed(map(str, checkpoint))}"
-        )
-    flat = {_flat(name): tensor for name, tensor in state.items()}
-    if len(flat) < len(state):
-        raise UserError(
-            f"{where}: holds the same parameters with and without 'module.' or 'backbone.'; give a file with one kind"
-        )
-    meta = checkpoint.get("model")
-    return flat, dict(meta) if isinstance(meta, Mapping) and meta is not state else {}
-
-
-def _is_state(candidate: Any) -> bool:
-    return (
-        isinstance(candidate, Mapping)
-        and len(candidate) > 0
-        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in candidate.items())
-    )
 
 
 def published_state_dict(model: nn.Module) -> State:
@@ -104,14 +31,14 @@ def published_state_dict(model: nn.Module) -> State:
     before_all = getattr(net, "published_prefix", "module.")
     before_backbone = getattr(net, "published_backbone", "")
     return {
-        before_all + (before_backbone if name.startswith("backbone.") else "") + _flat(name): tensor
+        before_all + (before_backbone if name.startswith("backbone.") else "") + flat_name(name): tensor
         for name, tensor in net.state_dict().items()
     }
 
 
 def flat_state_dict(model: nn.Module) -> State:
     """State dict with flat names."""
-    return {_flat(name): tensor for name, tensor in model.state_dict().items()}
+    return {flat_name(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -122,16 +49,6 @@ def bare(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
-
-
-_SPELLINGS = (("_orig_mod.", ""), ("features.module.", "features."), ("top_layer.0.", "top_layer."))
-
-
-def _flat(name: str) -> str:
-    """The flat name; published files of DeepCluster and SeLa have spellings of their own."""
-    for published, ours in _SPELLINGS:
-        name = name.replace(published, ours)
-    return name.removeprefix("module.").removeprefix("backbone.")
 
 
 def load_published(model: nn.Module, state: Mapping[str, Tensor], where: str = "checkpoint") -> None:
@@ -153,7 +70,7 @@ def load_published(model: nn.Module, state: Mapping[str, Tensor], where: str = "
     if isinstance(net, HeadedNet) and head_sizes(flat):
         own = {name: t for name, t in own.items() if not head_part(name)} | net.empty_heads(head_sizes(flat))
     _compare(flat, own, where)
-    names = {_flat(name): name for name in net.state_dict()}
+    names = {flat_name(name): name for name in net.state_dict()}
     net.load_state_dict({names.get(name, name): tensor for name, tensor in flat.items()}, strict=False)
 
 
@@ -179,7 +96,7 @@ def load_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], where:
     _compare(trunk, backbone.state_dict(), where)
     backbone.load_state_dict(trunk, strict=False)
     if extra:
-        logger.info("%s: left aside, not part of the backbone: %s", where, _listed(extra))
+        logger.info("%s: left aside, not part of the backbone: %s", where, listed(extra))
     return extra
 
 
@@ -245,11 +162,12 @@ def backbone_from_weights(path_or_url: str) -> nn.Module:
 
 def _read_known(path_or_url: str) -> tuple[State, Look]:
     state, meta = read_weights(path_or_url)
+    state = classifier_as_head(state)
     look = describe(state, meta)
     if look is None:
         raise UserError(
             f"{path_or_url}: its names and shapes are of none of our residual and convolutional networks, and it does "
-            f"not say which one it is (first names: {_listed(state)}); build the network by name and load into it"
+            f"not say which one it is (first names: {listed(state)}); build the network by name and load into it"
         )
     return state, look
 
@@ -265,19 +183,13 @@ def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list
         if name in state and state[name].shape != own[name].shape
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    return [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds if names]
+    return [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds if names]
 
 
 def _compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
     differences = _differences(state, own)
     if differences:
         raise UserError(f"{where}: does not fit this network; {'; '.join(differences)}{look_of(state)}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _size(tensor: Tensor) -> str:

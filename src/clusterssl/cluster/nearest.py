@@ -1,103 +1,84 @@
-"""A queue of past embeddings in which an image finds its nearest neighbour among other images.
+"""The nearest centroid of every row, block by block, so that no rows x centroids matrix is held.
 
-NNCLR (Dwibedi et al. 2021, arXiv 2104.14548) and Self-Classifier (Amrani et al. 2022, arXiv 2103.10994) replace a view
-by its neighbour. Every rank holds the same queue, because all ranks put in the embeddings of all; a checkpoint holds
-each row once, in the shard of one rank.
-
-Shape suffixes: L places in the queue, B images of this rank, D feature dimension.
+Shape suffixes: N rows, n rows of a block, K centroids, D dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clusterssl import dist
 from clusterssl.errors import UserError
 
-_EMPTY = -1
-_PRODUCTS = 2**25  # similarities held at a time: 128 MiB
+Found = Iterator[tuple[slice, Tensor, Tensor]]
+"""per block: which rows, the nearest centroid of each (int64 [n]) and its score [n]"""
+
+Search = Callable[[Tensor, Tensor, Tensor | None], Found]
+"""from rows [N, D], centroids [K, D] and an offset [K] (None: zero) to the centroids of highest x . c - offset"""
+
+_SCORES_CPU, _SCORES_GPU = 2**20, 2**27
+_FAISS_ROWS = 2**16
 
 
-class NeighbourQueue:
-    """The last L embeddings of all ranks with the dataset positions of their images, a ring."""
+def block_rows(clusters: int, device: torch.device) -> int:
+    """Rows of a block: on a CPU its scores shall stay in the cache between being written and being searched."""
+    scores = _SCORES_GPU if device.type == "cuda" else _SCORES_CPU
+    return max(128, min(scores // clusters // 64 * 64, scores // 256))
 
-    def __init__(self, length: int, dim: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Make an empty queue of `length` rows of `dim` numbers on every rank."""
-        self.rows_LD = torch.zeros(length, dim, device=device, dtype=dtype)
-        self.index_L = torch.full((length,), _EMPTY, device=device, dtype=torch.int64)
-        self.pushed = 0
 
-    @property
-    def full(self) -> bool:
-        """Whether every place has been filled at least once."""
-        return self.pushed >= len(self.rows_LD)
+def search_torch(x_ND: Tensor, centroids_KD: Tensor, offset_K: Tensor | None) -> Found:
+    """Search by matrix products; of equal scores the first centroid wins."""
+    size = block_rows(len(centroids_KD), x_ND.device)
+    scores_nK = x_ND.new_empty(min(size, len(x_ND)), len(centroids_KD))
+    for start in range(0, len(x_ND), size):
+        rows = slice(start, min(start + size, len(x_ND)))
+        out_nK = torch.mm(x_ND[rows], centroids_KD.T, out=scores_nK[: rows.stop - start])
+        if offset_K is not None:
+            out_nK -= offset_K
+        labels_n = _argmax(out_nK)
+        yield rows, labels_n, out_nK.gather(1, labels_n[:, None])[:, 0]
 
-    @torch.no_grad()
-    def push(self, z_BD: Tensor, index_B: Tensor) -> None:
-        """Put in the embeddings of all ranks, in rank order, which is their order in the global batch.
 
-        Args:
-            z_BD: embeddings of this rank, as many as on the others.
-            index_B: dataset positions of their images, int64.
-        """
-        z_ND, index_N = dist.all_gather_cat(z_BD.detach().to(self.rows_LD.dtype)), dist.all_gather_cat(index_B)
-        length, count = len(self.rows_LD), len(index_N)
-        kept = min(length, count)
-        places = (self.pushed + count - kept + torch.arange(kept, device=self.index_L.device)) % length
-        self.rows_LD[places] = z_ND[count - kept :]
-        self.index_L[places] = index_N[count - kept :]
-        self.pushed += count
+def _argmax(scores_nK: Tensor) -> Tensor:
+    """First largest column of each row; numpy's search for it on CPUs is several times faster than torch's."""
+    if scores_nK.device.type == "cpu":
+        return torch.from_numpy(scores_nK.numpy().argmax(1))
+    return scores_nK.argmax(1)
 
-    @torch.no_grad()
-    def nearest(self, z_BD: Tensor, index_B: Tensor) -> Tensor:
-        """The most similar row (by dot product) of another image for each image, [B, D] in the type of `z_BD`.
 
-        All rows with the image's own dataset position are passed over, however many there are: a queue longer than the
-        dataset holds an image more than once. A queue of nothing else gives the image's own row.
+def search_faiss(x_ND: Tensor, centroids_KD: Tensor, offset_K: Tensor | None) -> Found:
+    """Search by a flat index of faiss, on the rows' GPU where faiss has GPU support; the order of ties is faiss's."""
+    faiss = import_faiss()
+    dim = centroids_KD.shape[1]
+    index = faiss.IndexFlatIP(dim) if offset_K is None else faiss.IndexFlatL2(dim)
+    if x_ND.is_cuda and getattr(faiss, "get_num_gpus", int)() > 0:
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), x_ND.device.index, index)
+    index.add(centroids_KD.float().cpu().numpy())
+    for start in range(0, len(x_ND), _FAISS_ROWS):
+        rows = slice(start, min(start + _FAISS_ROWS, len(x_ND)))
+        found, labels = index.search(x_ND[rows].float().cpu().numpy(), 1)
+        score_n = torch.from_numpy(found[:, 0]).to(x_ND)
+        if offset_K is not None:  # offset is |c|^2 / 2, found is |x - c|^2
+            score_n = (x_ND[rows].square().sum(1) - score_n) / 2
+        yield rows, torch.from_numpy(labels[:, 0]).to(x_ND.device), score_n
 
-        Args:
-            z_BD: embeddings.
-            index_B: dataset positions of their images, int64.
-        """
-        best: list[Tensor] = []
-        at_once = max(1, _PRODUCTS // len(self.rows_LD))
-        with torch.autocast(z_BD.device.type, enabled=False):
-            for z_CD, index_C in zip(z_BD.split(at_once), index_B.split(at_once), strict=True):
-                similarity_CL = z_CD.to(self.rows_LD.dtype) @ self.rows_LD.T
-                similarity_CL.masked_fill_(index_C[:, None] == self.index_L, -torch.inf)
-                best.append(similarity_CL.argmax(1))
-        return self.rows_LD[torch.cat(best)].to(z_BD.dtype)
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's share of the rows, in the order of their places, and how many were put in so far."""
-        start, stop = dist.share(len(self.rows_LD))
-        mine = {"rows": self.rows_LD[start:stop].clone(), "index": self.index_L[start:stop].clone()}
-        return {"sharded": mine, "pushed": self.pushed}
+def import_faiss() -> Any:
+    """The faiss module.
 
-    def load_state_dict(self, state: dict[str, Any], num_images: int) -> None:
-        """Take back what `state_dict` gave, re-split for this number of ranks.
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError(
+            f"--kmeans_backend faiss: faiss cannot be imported ({error}); pip install faiss-cpu, or use torch"
+        ) from error
+    return faiss
 
-        Args:
-            state: of the same global queue.
-            num_images: of the dataset.
 
-        Raises:
-            UserError: a queue of another size, or of other images.
-        """
-        mine = {name: state["sharded"][name].to(self.rows_LD.device) for name in ("rows", "index")}
-        rows_LD, index_L = dist.all_gather_cat(mine["rows"]), dist.all_gather_cat(mine["index"])
-        if rows_LD.shape != self.rows_LD.shape:
-            found, expected = ("{} x {}".format(*x.shape) for x in (rows_LD, self.rows_LD))
-            raise UserError(f"the checkpoint's queue is {found} and not {expected}: give the flags it was made with")
-        largest = int(index_L.max())
-        if largest >= num_images:
-            raise UserError(
-                f"the checkpoint's queue holds image number {largest} of a dataset that has {num_images}: "
-                "it was made from other images, give the same --data_path"
-            )
-        self.rows_LD.copy_(rows_LD)
-        self.index_L.copy_(index_L)
-        self.pushed = int(state["pushed"])
+SEARCHES: dict[str, Search] = {"torch": search_torch, "faiss": search_faiss}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clusterssl.cluster import nearest
-from clusterssl.cluster.nearest import NeighbourQueue
+from clusterssl.cluster import neighbour_queue
+from clusterssl.cluster.neighbour_queue import NeighbourQueue
 from clusterssl.errors import UserError
 from tests.golden_files import Golden
 from tests.ranks import run_ranks
@@ -65,7 +65,7 @@ def test_all_rows_of_the_image_itself_are_passed_over(monkeypatch: pytest.Monkey
     z[:8] = torch.stack([queue.rows_LD[queue.index_L == i][0] for i in range(8)])
     expected = by_brute_force(queue, z, index)
     assert torch.equal(queue.nearest(z, index), expected)
-    monkeypatch.setattr(nearest, "_PRODUCTS", 40 * 5)  # five images at a time
+    monkeypatch.setattr(neighbour_queue, "_PRODUCTS", 40 * 5)  # five images at a time
     assert torch.equal(queue.nearest(z, index), expected)
 
 
@@ -86,6 +86,14 @@ def test_a_batch_larger_than_the_queue_leaves_its_last_rows() -> None:
     for i in range(13):
         one_by_one.push(torch.tensor([[float(i)]]), torch.tensor([i]))
     assert torch.equal(one_by_one.rows_LD, queue.rows_LD) and torch.equal(one_by_one.index_L, queue.index_L)
+
+
+def test_micro_batches_enter_together_with_the_last() -> None:
+    queue = NeighbourQueue(8, 1, CPU)
+    queue.push(torch.ones(2, 1), torch.arange(2), more=True)
+    assert queue.pushed == 0 and (queue.index_L == -1).all()
+    queue.push(torch.ones(3, 1), torch.arange(2, 5))
+    assert queue.pushed == 5 and queue.index_L.tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
 
 
 def on_a_rank(rank: int, world_size: int, shares: list[dict], steps: range) -> tuple[Tensor, Tensor, Tensor, dict]:

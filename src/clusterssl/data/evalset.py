@@ -162,6 +162,14 @@ def centre_crop(image: Tensor, size: tuple[int, int], resize: int | None) -> Ten
     Returns:
         uint8 [3, h, w].
     """
+    image = resized(image, size, resize)
+    height, width = image.shape[1:]
+    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    return image[:, top : top + size[0], left : left + size[1]]
+
+
+def resized(image: Tensor, size: tuple[int, int], resize: int | None) -> Tensor:
+    """The whole image uint8 [3, H, W] as `centre_crop` resizes it before it cuts."""
     height, width = image.shape[1:]
     if resize is not None:
         height, width = (
@@ -170,8 +178,7 @@ def centre_crop(image: Tensor, size: tuple[int, int], resize: int | None) -> Ten
     enlarge = max(size[0] / height, size[1] / width, 1.0)
     if enlarge > 1:
         height, width = max(size[0], round(height * enlarge)), max(size[1], round(width * enlarge))
-    if (height, width) != tuple(image.shape[1:]):
-        planar = image[None].contiguous(memory_format=torch.channels_last)
-        image = F.interpolate(planar, size=(height, width), mode="bilinear", antialias=True)[0]
-    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
-    return image[:, top : top + size[0], left : left + size[1]]
+    if (height, width) == tuple(image.shape[1:]):
+        return image
+    planar = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(planar, size=(height, width), mode="bilinear", antialias=True)[0]

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     ORDER = 2
     SPLIT = 3
     PIXELS = 4
+    KMEANS = 5
     BALANCE = 6
 
 

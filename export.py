@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from clusterssl import config as cfg
-from clusterssl.data import MEAN, STD
+from clusterssl.data import MEAN
 from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.evals import inputs
@@ -25,7 +25,7 @@ from clusterssl.files import first_line
 from clusterssl.log import log_to_screen
 from clusterssl.models.download import is_url
 from clusterssl.models.export import Exported, check_formats, export
-from clusterssl.models.weights import model_from_weights, read_weights
+from clusterssl.models.weights import model_from_weights
 
 logger = logging.getLogger("clusterssl.export")
 
@@ -68,13 +68,11 @@ def open_exported(config: Config) -> Exported:
     options, path = config.network, config.network.pretrained
     cfg.require(bool(path), "--pretrained: name the checkpoint (file or URL) to export")
     network = inputs.open_network(options, data_path="", seed=0)
-    state, meta = read_weights(path)
-    swav = any(name.startswith(("projection_head.", "prototypes.")) for name in state)
     return Exported(
         network.backbone.eval(), network.arch, network.stem, network.image_size,
         name=config.files.name or network.arch.replace(":", "_"),
         source=path if is_url(path) else Path(path).name,
-        mean=tuple(meta.get("mean", MEAN)), std=tuple(meta.get("std", STD if swav else (0.229, *STD[1:]))),
+        mean=MEAN, std=network.std,
         network=model_from_weights(path).eval() if config.files.head else None,
         results=results(Path(path)),
     )  # fmt: skip

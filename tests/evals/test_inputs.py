@@ -147,3 +147,11 @@ def test_records_are_appended_once_each_also_after_a_torn_line(tmp_path: Path) -
     assert len(lines) == 3
     record = json.loads(lines[0])
     assert record["eval"] == "knn" and record["k"] == 20 and record["pretrained"] == "" and record["arch"] == "conv4w4"
+
+
+@pytest.mark.parametrize(("head", "red"), [("projection_head.0.weight", 0.228), ("top_layer.weight", 0.229)])
+def test_pixels_are_scaled_as_in_the_networks_training(tmp_path: Path, head: str, red: float) -> None:
+    state = {**build_model("conv4w4", "small", 0, 0, 0).backbone.state_dict(), head: torch.zeros(3, 32)}
+    torch.save(state, tmp_path / "weights.pth")
+    options = NetworkOptions(pretrained=str(tmp_path / "weights.pth"), image_size=24)
+    assert open_network(options, data_path="", seed=0, argv=[]).std == (red, 0.224, 0.225)

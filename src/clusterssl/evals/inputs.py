@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch import nn
 
 from clusterssl import dist
 from clusterssl.config import gives, require
-from clusterssl.data import open_source
+from clusterssl.data import STD, open_source
 from clusterssl.data.source import Source
 from clusterssl.errors import UserError
 from clusterssl.files import first_line
@@ -95,6 +95,8 @@ class Network:
     image_size: tuple[int, int]
     fingerprint: str
     """of all weights and statistics, to recognise the same network"""
+    std: tuple[float, float, float] = STD
+    """of the pixels in 0..1 by channel, as the network was trained"""
 
 
 def open_network(
@@ -133,7 +135,13 @@ def open_network(
     check_crop_sizes(backbone, [image_size])
     logger.info("%s, stem %s, images of %dx%d", arch, backbone.stem_name, *image_size)
     backbone.requires_grad_(False)
-    return Network(backbone, arch, stem, image_size, fingerprint(backbone))
+    return Network(backbone, arch, stem, image_size, fingerprint(backbone), pixel_std(state))
+
+
+def pixel_std(state: Mapping[str, Any]) -> tuple[float, float, float]:
+    """What the pixels were divided by when a checkpoint was trained; SwAV and its kin have a figure of their own."""
+    own = not state or any(name.startswith(("projection_head.", "prototypes.")) for name in state)
+    return STD if own else (0.229, *STD[1:])
 
 
 def _agreed(

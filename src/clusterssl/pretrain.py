@@ -223,7 +223,7 @@ def _record(config: PretrainConfig, model: Any) -> dict[str, Any]:
 
 
 def _tell(config: PretrainConfig, loader: Loader, model: nn.Module, world: World) -> None:
-    if not gives(None, "data_path"):
+    if config.data.data_path == "digits" and not gives(None, "data_path"):
         full = command(Path(sys.argv[0]).name, config, type(config)())
         logger.info("no --data_path: training on the built-in digits, the same as\n  %s", full)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6

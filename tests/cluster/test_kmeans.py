@@ -9,27 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from clusterssl.cluster import kmeans as km
 from clusterssl.cluster import nearest
-from clusterssl.cluster.empty import split_largest
 from clusterssl.cluster.kmeans import Clusters, KMeansOptions, euclidean_kmeans, memory_estimate, spherical_kmeans
 from clusterssl.cluster.memory import label_table
 from clusterssl.errors import UserError
+from tests.cluster.blobs import blobs
 from tests.golden_files import Golden
 from tests.ranks import run_ranks
 
 GOLDEN = Golden("dcv2_cluster_memory")
 AS_PUBLISHED = KMeansOptions(kmeans_empty="keep")
-
-
-def blobs(n: int, dim: int, centres: int, seed: int = 0, spread: float = 0.3, unit: bool = True) -> Tensor:
-    """Rows around random centres, in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    around = torch.randn(centres, dim, generator=generator)
-    x = around[torch.randint(centres, (n,), generator=generator)] + spread * torch.randn(n, dim, generator=generator)
-    return F.normalize(x, dim=1) if unit else x
 
 
 def golden_case(rank: int, world_size: int, case: str) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -87,6 +77,13 @@ def test_equals_the_loops_in_float64(spherical: bool) -> None:
     np.testing.assert_allclose(ours.centroids_KD.numpy(), centroids, rtol=0, atol=1e-5)
     np.testing.assert_allclose(ours.inertia, inertia, rtol=2e-5)
     np.testing.assert_array_equal(ours.counts_K.numpy(), np.bincount(labels, minlength=15))
+
+
+def test_of_equal_scores_the_first_centroid_wins() -> None:
+    x = torch.eye(5).repeat(60, 1)
+    for run in (spherical_kmeans, euclidean_kmeans):
+        found = run(x, torch.eye(5).repeat(4, 1), AS_PUBLISHED)
+        assert torch.equal(found.labels_N, torch.arange(5).repeat(60))
 
 
 def test_euclidean_reaches_the_inertia_of_sklearn() -> None:
@@ -183,70 +180,6 @@ def test_start_draws_different_rows_for_each_seed_and_draw() -> None:
     assert not torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[3])
 
 
-def test_random_start_takes_every_row_equally_often() -> None:
-    from clusterssl.cluster.rows import GlobalRows
-    from clusterssl.cluster.seeding import random_rows
-
-    rows = GlobalRows(torch.arange(20.0)[:, None])
-    taken = torch.cat([random_rows(rows, 5, 0, draw)[:, 0] for draw in range(2000)])
-    assert all(len(part.unique()) == 5 for part in taken.split(5))
-    counts = torch.bincount(taken.long(), minlength=20)
-    assert abs(counts - 500).max() < 5 * np.sqrt(500 * 0.75)
-
-
-def test_plus_plus_finds_all_far_groups_where_a_random_start_does_not() -> None:
-    x = blobs(2000, 16, 40, spread=0.02)
-    far = [spherical_kmeans(x, 40, KMeansOptions(kmeans_init="kmeans++"), seed=s).inertia[-1] for s in range(3)]
-    assert max(far) < 0.3 * min(spherical_kmeans(x, 40, seed=s).inertia[-1] for s in range(3))
-
-
-def test_split_leaves_no_cluster_empty_even_of_equal_rows() -> None:
-    equal = F.normalize(torch.ones(30, 4), dim=1)
-    some = torch.cat([equal, blobs(10, 4, 10)])
-    for x, clusters in ((equal, 30), (equal, 7), (some, 40), (some, 25)):
-        for run in (spherical_kmeans, euclidean_kmeans):
-            found = run(x, clusters)
-            counts = torch.bincount(found.labels_N, minlength=clusters)
-            assert counts.min() >= 1 and torch.equal(counts, found.counts_K)
-            assert torch.isfinite(found.centroids_KD).all()
-
-
-def test_filled_clusters_take_the_farthest_rows() -> None:
-    """Two copies of one start: the second is empty after the only search when nothing is split before."""
-    x = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.9], [1.0, -0.3]]), dim=1)
-    one = KMeansOptions(kmeans_iters=1, kmeans_empty="split")
-    problem = km._Problem(km.GlobalRows(x), True)
-    start = x[:1].expand(2, -1)
-    found = km._search(problem, start, one, learn=False)
-    assert found.labels_N.tolist() == [0, 0, 0, 0], "of equal scores the first centroid wins"
-    centroids, counts = km.fill_empty(
-        problem.rows, found.labels_N, problem.distances(found.scores_N), found.counts_K, start
-    )
-    assert found.labels_N.tolist() == [0, 0, 1, 0] and counts.tolist() == [3, 1]
-    torch.testing.assert_close(centroids[1], x[2])
-
-
-def test_splitting_halves_the_largest_cluster_again_and_again() -> None:
-    centroids = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0], [9.0, 9.0]])
-    new = split_largest(centroids, torch.tensor([100, 0, 40, 0, 0]))
-    up, down = torch.tensor([1 + 1 / 1024, 1 - 1 / 1024]), torch.tensor([1 - 1 / 1024, 1 + 1 / 1024])
-    first = centroids[0]  # 100 -> 50 and 50, then 50 -> 25 and 25 twice: the lower number first
-    torch.testing.assert_close(new[2], centroids[2])
-    torch.testing.assert_close(new[1], first * up * down)
-    torch.testing.assert_close(new[0], first * down * down)
-    torch.testing.assert_close(new[3], first * down * up)
-    torch.testing.assert_close(new[4], first * up * up)
-
-
-def test_split_does_better_than_keep_when_clusters_empty() -> None:
-    x = blobs(2000, 8, 60, spread=0.05)
-    start = x[:1] + 1e-4 * torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
-    kept = spherical_kmeans(x, F.normalize(start, dim=1), AS_PUBLISHED)
-    split = spherical_kmeans(x, F.normalize(start, dim=1))
-    assert kept.counts_K.min() == 0 < split.counts_K.min()
-    assert split.inertia[-1] < 0.5 * kept.inertia[-1]
-
-
 @pytest.mark.parametrize("run", [spherical_kmeans, euclidean_kmeans])
 def test_faiss_backend_finds_the_same(run: Callable[..., Clusters]) -> None:
     pytest.importorskip("faiss")
@@ -296,8 +229,11 @@ def test_memory_is_estimated_and_told_of_first(caplog: pytest.LogCaptureFixture)
     assert memory_estimate(1_281_167, 128, 3000, cpu) < everything / 100
     assert memory_estimate(1_281_167, 128, 3000, cpu, "kmeans++") > memory_estimate(1_281_167, 128, 3000, cpu)
     with caplog.at_level(logging.INFO, "clusterssl.cluster.kmeans"):
-        spherical_kmeans(blobs(40, 8, 4), 5)
-    assert "k-means of 40 x 8 features into 5 clusters: 0 MB on each rank beside its features" in caplog.text
+        for clusters in (5, 5, 6):
+            spherical_kmeans(blobs(41, 9, 4), clusters)
+    for clusters in (5, 6):
+        told = f"k-means of 41 x 9 features into {clusters} clusters: needs 0 MB on each rank beside its features"
+        assert caplog.text.count(told) == 1
 
 
 def test_half_precision_around_it_changes_nothing() -> None:

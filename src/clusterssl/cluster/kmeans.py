@@ -13,6 +13,7 @@ Shape suffixes: N rows of this rank, n rows of a block, K clusters, D dimension.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from dataclasses import dataclass
@@ -225,14 +226,17 @@ def _updated(problem: _Problem, found: _Found, centroids_KD: Tensor, options: KM
 
 
 def _tell(rows: GlobalRows, clusters: int, options: KMeansOptions) -> None:
-    if dist.rank():
-        return
-    (mine, dim), device = rows.x_ND.shape, rows.x_ND.device
-    megabytes = memory_estimate(mine, dim, clusters, device, options.kmeans_init, rows.x_ND.element_size()) / 2**20
-    logger.info(
-        "k-means of %d x %d features into %d clusters: %.0f MB on each rank beside its features",
-        rows.total, dim, clusters, megabytes,
-    )  # fmt: skip
+    (mine, dim), x_ND = rows.x_ND.shape, rows.x_ND
+    needed = memory_estimate(mine, dim, clusters, x_ND.device, options.kmeans_init, x_ND.element_size())
+    _tell_once(rows.total, dim, clusters, needed)
+
+
+@functools.cache
+def _tell_once(total: int, dim: int, clusters: int, needed: int) -> None:
+    """Once for each problem: most are solved anew at every epoch."""
+    if dist.rank() == 0:
+        logger.info("k-means of %d x %d features into %d clusters: needs %.0f MB on each rank beside its features",
+                    total, dim, clusters, needed / 2**20)  # fmt: skip
 
 
 def _progress(began: float, inertia: list[float], options: KMeansOptions) -> float:

@@ -1,0 +1,148 @@
+"""Spherical k-means: ours beside the algorithm that DeepCluster-v2 published and faiss, in one process on equal data.
+
+    python bench/kmeans.py                         # all cores
+    python bench/kmeans.py --threads 1
+    python bench/kmeans.py --data gauss            # features without any clusters
+
+The published algorithm, written anew from its description: all dot products as one matrix, the maximum of each row,
+then a loop over the clusters that selects the rows of each and sums them. Selecting by one sort of the labels, as here,
+is kinder to it than a search for every cluster. The systems take turns; the time of an iteration is that of a whole
+clustering, last assignment included, over its iterations, and the median of the repeats counts.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+import torch.nn.functional as F
+from record import write_result
+from torch import Tensor
+
+from clusterssl import config as cfg
+from clusterssl.cluster.kmeans import KMeansOptions, spherical_kmeans
+
+
+@dataclass(frozen=True)
+class Options:
+    """Comparison."""
+
+    rows: int = 50_000
+    dim: int = 128
+    clusters: int = 3000
+    iterations: int = 10
+    repeats: int = 5
+    data: Literal["groups", "gauss"] = "groups"
+    """rows around 2000 random centres, or without any structure"""
+    threads: int = 0
+    """0: all cores"""
+    seed: int = 0
+    out: str = "bench/results/kmeans.json"
+
+
+def features(options: Options) -> Tensor:
+    """Unit rows [N, D]."""
+    generator = torch.Generator().manual_seed(options.seed)
+    x_ND = torch.randn(options.rows, options.dim, generator=generator)
+    if options.data == "groups":
+        centres = torch.randn(2000, options.dim, generator=generator)
+        x_ND = centres[torch.randint(2000, (options.rows,), generator=generator)] + 0.7 * x_ND
+    return F.normalize(x_ND, dim=1)
+
+
+def published(x_ND: Tensor, centroids_KD: Tensor, iterations: int) -> Tensor:
+    """Centroids by the published algorithm, after the last assignment."""
+    for iteration in range(iterations + 1):
+        labels_N = (x_ND @ centroids_KD.T).max(1).indices
+        if iteration == iterations:
+            break
+        counts = torch.bincount(labels_N, minlength=len(centroids_KD))
+        members = labels_N.argsort(stable=True).split(counts.tolist())
+        sums_KD = torch.zeros_like(centroids_KD)
+        for k, rows in enumerate(members):
+            if len(rows) > 0:
+                sums_KD[k] = x_ND[rows].sum(0)
+        means_KD = sums_KD / counts.clamp(min=1)[:, None]
+        centroids_KD = F.normalize(torch.where(counts[:, None] > 0, means_KD, centroids_KD), dim=1)
+    return centroids_KD
+
+
+def ours(x_ND: Tensor, centroids_KD: Tensor, iterations: int, backend: Literal["torch", "faiss"] = "torch") -> Tensor:
+    """Centroids by `spherical_kmeans`, empty ones kept as the published algorithm does."""
+    options = KMeansOptions(kmeans_iters=iterations, kmeans_empty="keep", kmeans_backend=backend)
+    return spherical_kmeans(x_ND, centroids_KD, options).centroids_KD
+
+
+def faiss_kmeans(x_ND: Tensor, centroids_KD: Tensor, iterations: int) -> Tensor:
+    """Centroids by faiss.Kmeans."""
+    import faiss
+
+    found = faiss.Kmeans(x_ND.shape[1], len(centroids_KD), niter=iterations, spherical=True, min_points_per_centroid=1)
+    found.train(x_ND.numpy(), init_centroids=centroids_KD.numpy())
+    return torch.from_numpy(found.centroids)
+
+
+def systems(options: Options) -> dict[str, Callable[[Tensor, Tensor, int], Tensor]]:
+    """What is compared; faiss where it is installed."""
+    found: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"ours": ours, "published": published}
+    try:
+        import faiss
+    except ImportError:
+        return found
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    with_backend = lambda x, c, n: ours(x, c, n, "faiss")  # noqa: E731
+    return {**found, "ours with --kmeans_backend faiss": with_backend, "faiss.Kmeans": faiss_kmeans}
+
+
+def inertia(x_ND: Tensor, centroids_KD: Tensor) -> float:
+    """Sum of the squared distances of all rows to their nearest centroids, in float64."""
+    parts = (part.double() @ centroids_KD.double().T for part in x_ND.split(4096))
+    return float(sum((2 - 2 * part.max(1).values).sum() for part in parts))
+
+
+def main() -> None:
+    options = cfg.parse(Options, description=__doc__)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    x_ND = features(options)
+    start_KD = x_ND[torch.randperm(options.rows, generator=torch.Generator().manual_seed(1))[: options.clusters]]
+    compared = systems(options)
+    seconds: dict[str, list[float]] = {name: [] for name in compared}
+    ends: dict[str, float] = {}
+    for repeat in range(options.repeats):
+        for name, run in compared.items():
+            began = time.perf_counter()
+            centroids_KD = run(x_ND, start_KD.clone(), options.iterations)
+            seconds[name].append((time.perf_counter() - began) / options.iterations)
+            ends[name] = ends.get(name) or inertia(x_ND, centroids_KD)
+            print(f"{repeat + 1}/{options.repeats} {name}: {seconds[name][-1]:.3f} s an iteration", flush=True)
+    report(options, seconds, ends)
+
+
+def report(options: Options, seconds: dict[str, list[float]], ends: dict[str, float]) -> None:
+    """Print medians, ratios and inertia, and write them down."""
+    rows = {}
+    print(
+        f"\n{options.rows} x {options.dim}, K = {options.clusters}, {torch.get_num_threads()} threads, {options.data}"
+    )
+    for name, times in seconds.items():
+        against = median(times) / median(seconds["ours"])
+        rows[name] = {
+            "seconds": times, "median": median(times), "times_ours": against,
+            "inertia": ends[name], "inertia_against_ours": ends[name] / ends["ours"] - 1,
+        }  # fmt: skip
+        print(f"{name:34} {median(times):.3f} s  {against:.2f}x ours  inertia {ends[name]:.2f}")
+    about = {**cfg.plain(options), "threads": torch.get_num_threads()}
+    write_result(Path(options.out), {"options": about, "systems": rows})
+
+
+if __name__ == "__main__":
+    cfg.entry(main)

@@ -28,6 +28,7 @@ class Stream(IntEnum):
     PIXELS = 4
     KMEANS = 5
     BALANCE = 6
+    DROPOUT = 8
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -28,6 +28,8 @@ def voc_folder(path: str | Path, year: str = "VOC2007") -> Path:
     Raises:
         UserError: none of them does; says what is there and what is expected.
     """
+    if not str(path):
+        raise UserError(f"--vocdir: name the folder that holds VOCdevkit/{year}")
     path = Path(path).expanduser()
     if not path.is_dir():
         raise UserError(f"--vocdir {path}: no such folder; give the one that holds VOCdevkit/{year}")
@@ -94,6 +96,19 @@ def read_labels(folder: Path, split: str) -> Labelled:
     labels_NC = np.array([[table.get(name, IGNORED) for table in tables] for name in names], dtype=np.uint8)
     images = ImageFiles([folder / "JPEGImages" / f"{name}.jpg" for name in names])
     return Labelled(images, list(files), labels_NC)
+
+
+def read_pair(folder: Path, train: str, test: str) -> tuple[Labelled, Labelled]:
+    """Splits to train and to test on, of the same classes.
+
+    Raises:
+        UserError: see `read_labels`; or the classes differ.
+    """
+    splits = read_labels(folder, train), read_labels(folder, test)
+    differing = set(splits[0].classes) ^ set(splits[1].classes)
+    if differing:
+        raise UserError(f"{folder}: {train} and {test} do not list the same classes ({', '.join(sorted(differing))})")
+    return splits
 
 
 def _read_list(path: Path) -> dict[str, int]:

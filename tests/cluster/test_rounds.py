@@ -116,10 +116,10 @@ def test_refuses_what_does_not_fit(options: dict, words: str) -> None:
         labels_of(ClusteringOptions(**options), 10, 8)
 
 
-def test_says_how_many_components_are_left(caplog: pytest.LogCaptureFixture) -> None:
+def test_says_how_many_components_and_bytes_there_are(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "clusterssl"):
-        labels_of(ClusteringOptions(nmb_cluster=5), 100, 64)
-    assert "64 features of 100 images: --pca_dim 256 means 64" in caplog.text
+        labels_of(ClusteringOptions(nmb_cluster=5), 2048, 64)
+    assert "clustering 64 components (--pca_dim 256) of 64 features; these take 0.5 MiB" in caplog.text
 
 
 def test_record_of_a_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

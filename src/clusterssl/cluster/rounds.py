@@ -128,10 +128,12 @@ class ClusterLabels:
         self.options, self.kmeans, self.feature_dim, self.seed = options, kmeans, feature_dim, seed
         self.labels_N = torch.full((num_images,), -1, dtype=torch.int32, device=device)
         dim = options.usable_dim(num_images, feature_dim)
-        if dim < options.pca_dim and dist.rank() == 0:
+        held = -(-num_images // dist.size()) * feature_dim * 4 / 2**20
+        if dist.rank() == 0:
             logger.info(
-                "%d features of %d images: --pca_dim %d means %d", feature_dim, num_images, options.pca_dim, dim
-            )
+                "clustering %d components (--pca_dim %d) of %d features; these take %.1f MiB on each rank",
+                dim, options.pca_dim, feature_dim, held,
+            )  # fmt: skip
 
     @torch.no_grad()
     def find(self, features: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> Round:

@@ -28,6 +28,26 @@ def test_place(env: dict[str, str], expected: tuple) -> None:
     assert tuple(dist._place(env).__dict__.values()) == expected
 
 
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, 1),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}, 4),
+        (STEP, 10),
+        ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "6"}, 6),
+        (JOB, 1),
+    ],
+    ids=["alone", "torchrun", "srun", "another number in this step", "batch script without srun"],
+)
+def test_ranks_per_node(env: dict[str, str], expected: int) -> None:
+    assert dist.ranks_per_node(env) == expected
+
+
+def test_nodes_of_different_size_have_no_ranks_per_node() -> None:
+    with pytest.raises(UserError, match=r"SLURM_TASKS_PER_NODE=8\(x2\),4: nodes differ"):
+        dist.ranks_per_node({**STEP, "SLURM_TASKS_PER_NODE": "8(x2),4"})
+
+
 def test_rendezvous_without_scontrol_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"SLURM_NODELIST='node\[1-2\]'.*MASTER_ADDR"):

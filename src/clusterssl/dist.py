@@ -61,6 +61,23 @@ def _place(env: dict[str, str]) -> _Place:
     return _Place(0, 1, 0, "alone")
 
 
+def ranks_per_node(env: dict[str, str]) -> int:
+    """Processes of this run on each node, by torchrun's or Slurm's variables; 1 alone.
+
+    Raises:
+        UserError: the nodes have different numbers of them.
+    """
+    launcher = _place(env).launcher
+    if launcher == "torchrun":
+        return int(env.get("LOCAL_WORLD_SIZE", "1"))
+    if launcher == "alone":
+        return 1
+    counts = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")  # such as 6(x11)
+    if "," in counts:
+        raise UserError(f"SLURM_TASKS_PER_NODE={counts}: nodes differ; give the images per rank with --batch_size")
+    return int(counts.partition("(")[0])
+
+
 def _slurm_rendezvous(env: dict[str, str]) -> tuple[str, int]:
     """First host of the step and a port that only this step of this start of this job uses."""
     hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", "")

@@ -93,7 +93,7 @@ def report(config: Config, network: inputs.Network, table: dict[int, tuple[float
 
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
-    world = dist.join(device=config.launch.device, dist_url=config.launch.dist_url)
+    world = config.launch.join()
     log_to_screen(world)
     train, val = inputs.open_splits(config.data)
     network = inputs.open_network(config.network, data_path=config.data.data_path, seed=config.knn.seed)

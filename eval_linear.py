@@ -132,7 +132,7 @@ class Protocol:
 
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
-    world = dist.join(device=config.launch.device, dist_url=config.launch.dist_url)
+    world = config.launch.join()
     log_to_screen(world)
     train, val = inputs.open_splits(config.data)
     network = inputs.open_network(config.network, data_path=config.data.data_path, seed=config.seed)

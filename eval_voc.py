@@ -107,7 +107,7 @@ class Protocol:
 
 def main() -> None:
     config = cfg.parse(Config, cfg.translate(sys.argv[1:], {"model": "pretrained"}), description=__doc__)
-    world = dist.join(device=config.launch.device, dist_url=config.launch.dist_url)
+    world = config.launch.join()
     log_to_screen(world)
     options = config.voc
     train, test = read_pair(voc_folder(options.vocdir), options.split, options.data.val_split)

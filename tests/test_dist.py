@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from clusterssl import dist
 from clusterssl.batchnorm import CPUSyncBatchNorm, synchronise, unchanged_statistics
 from clusterssl.errors import UserError
+from clusterssl.rendezvous import find_place
 from tests.ranks import run_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -25,7 +28,7 @@ STEP = {**JOB, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "20", "SLURM_PROCID
     ids=["alone", "torchrun", "srun", "torchrun inside srun", "batch script without srun"],
 )
 def test_place(env: dict[str, str], expected: tuple) -> None:
-    assert tuple(dist._place(env).__dict__.values()) == expected
+    assert dataclasses.astuple(find_place(env)) == expected
 
 
 @pytest.mark.parametrize(
@@ -46,12 +49,6 @@ def test_ranks_per_node(env: dict[str, str], expected: int) -> None:
 def test_nodes_of_different_size_have_no_ranks_per_node() -> None:
     with pytest.raises(UserError, match=r"SLURM_TASKS_PER_NODE=8\(x2\),4: nodes differ"):
         dist.ranks_per_node({**STEP, "SLURM_TASKS_PER_NODE": "8(x2),4"})
-
-
-def test_rendezvous_without_scontrol_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match=r"SLURM_NODELIST='node\[1-2\]'.*MASTER_ADDR"):
-        dist._slurm_rendezvous({**STEP, "SLURM_NODELIST": "node[1-2]"})
 
 
 def test_no_gpu_where_one_is_asked_for() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
+import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from clusterssl.errors import UserError
 from clusterssl.files import first_line
+from clusterssl.rendezvous import Place, find_place, nodes, open_store
+from clusterssl.rollcall import Note, call_roll, describe
 
 logger = logging.getLogger(__name__)
 
@@ -32,33 +35,13 @@ class World:
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
     launcher: str = "alone"
+    notes: tuple[Note, ...] = ()
+    """what joining the others brought to light, to be logged once"""
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes logs and shared files."""
         return self.rank == 0
-
-
-@dataclass(frozen=True)
-class _Place:
-    rank: int
-    size: int
-    local_rank: int
-    launcher: str
-
-
-def _place(env: dict[str, str]) -> _Place:
-    """Read the place from torchrun's variables first, then Slurm's, then assume a process alone.
-
-    torchrun comes first because inside a Slurm job its workers see the agent's Slurm variables. Slurm's count only
-    inside a step that `srun` started: a batch script or an salloc shell has the job's variables but is no rank.
-    """
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return _Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")), "torchrun")
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        size = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1"))
-        return _Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", "0")), "srun")
-    return _Place(0, 1, 0, "alone")
 
 
 def ranks_per_node(env: dict[str, str]) -> int:
@@ -67,7 +50,7 @@ def ranks_per_node(env: dict[str, str]) -> int:
     Raises:
         UserError: the nodes have different numbers of them.
     """
-    launcher = _place(env).launcher
+    launcher = find_place(env).launcher
     if launcher == "torchrun":
         return int(env.get("LOCAL_WORLD_SIZE", "1"))
     if launcher == "alone":
@@ -78,38 +61,36 @@ def ranks_per_node(env: dict[str, str]) -> int:
     return int(counts.partition("(")[0])
 
 
-def _slurm_rendezvous(env: dict[str, str]) -> tuple[str, int]:
-    """First host of the step and a port that only this step of this start of this job uses."""
-    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", "")
-    try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
-        host = listed.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise UserError(
-            f"SLURM_NODELIST={hosts!r}: 'scontrol show hostnames' does not expand it ({first_line(error)}); "
-            "set MASTER_ADDR and MASTER_PORT"
-        ) from error
-    job, step, restart = (int(env.get(key) or "0") for key in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    return host, 10000 + (job + 37 * step + 7919 * restart) % 20000
-
-
-def join(*, device: str = "auto", dist_url: str = "env://", timeout_s: float = 1800.0) -> World:
+def join(
+    *, device: str = "auto", dist_url: str = "env://", timeout_s: float = 1800.0, join_timeout_s: float = 50.0
+) -> World:
     """Find this process's place and join the others; a process alone joins nobody.
 
     Args:
         device: "auto" (the GPU of the local rank where there is one), "cpu" or "cuda".
         dist_url: "env://" (addresses from torchrun or Slurm) or an explicit "tcp://host:port".
         timeout_s: seconds after which a collective without answer is an error.
+        join_timeout_s: seconds to wait for ranks that have not come.
 
     Raises:
-        UserError: a GPU was asked for and there is none, or the ranks did not meet.
+        UserError: a GPU was asked for and there is none, ranks are missing, or they do not go together.
     """
     env = dict(os.environ)
-    place = _place(env)
+    place = find_place(env)
     chosen = _device(device, place.local_rank)
+    notes: list[Note] = []
     if place.size > 1 and not torch_dist.is_initialized():
-        _meet(place, chosen, dist_url, env, timeout_s)
-    return World(place.rank, place.size, place.local_rank, chosen, place.launcher)
+        deadline = time.monotonic() + join_timeout_s
+        try:
+            notes = _meet(place, chosen, dist_url, env, timeout_s, deadline)
+        except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"rank {place.rank} of {place.size} on {socket.gethostname()} could not join the others: "
+                f"{first_line(error)}; check that all ranks started and can reach one another"
+            ) from error
+    return World(place.rank, place.size, place.local_rank, chosen, place.launcher, tuple(notes))
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -122,23 +103,22 @@ def _device(name: str, local_rank: int) -> torch.device:
     return device
 
 
-def _meet(place: _Place, device: torch.device, dist_url: str, env: dict[str, str], timeout_s: float) -> None:
-    if dist_url == "env://" and place.launcher == "srun" and "MASTER_ADDR" not in env:
-        host, port = _slurm_rendezvous(env)
-        os.environ.setdefault("MASTER_PORT", str(port))
-        os.environ["MASTER_ADDR"] = host
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+def _meet(
+    place: Place, device: torch.device, dist_url: str, env: dict[str, str], timeout_s: float, deadline: float
+) -> list[Note]:
+    """Find the others, check that all are there and fit, and make the process group."""
+    meeting = open_store(place, dist_url, env, deadline)
+    expected = nodes(env) if place.launcher == "srun" else []
     try:
-        torch_dist.init_process_group(
-            backend, init_method=dist_url, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=timeout_s)
-        )
-    except (RuntimeError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        where = address if dist_url == "env://" else dist_url
-        raise UserError(
-            f"rank {place.rank} of {place.size} could not meet the others at {where}: {first_line(error)}; "
-            "check that all ranks started and can reach that address"
-        ) from error
+        notes = call_roll(meeting, place, describe(place, device), expected, deadline)
+    finally:
+        meeting.close()
+    meeting.store.set_timeout(timedelta(seconds=timeout_s))
+    torch_dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=torch_dist.PrefixStore("group", meeting.store),
+        rank=place.rank, world_size=place.size, timeout=timedelta(seconds=timeout_s),
+    )  # fmt: skip
+    return notes
 
 
 def leave() -> None:
@@ -198,6 +178,14 @@ def broadcast_object(value: T, src: int = 0) -> T:
     box: list[Any] = [value]
     torch_dist.broadcast_object_list(box, src)
     return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """The small Python values of all ranks, in rank order."""
+    values: list[Any] = [value] * size()
+    if size() > 1:
+        torch_dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:

@@ -10,7 +10,17 @@ from clusterssl.dist import World
 
 
 def log_to_screen(world: World) -> logging.Logger:
-    """Rank 0 shows everything, other ranks only warnings, with their rank; returns the package's logger."""
+    """Rank 0 shows everything, other ranks only warnings, with their rank; returns the package's logger.
+
+    What joining the ranks brought to light is shown at once.
+    """
+    package = _show(world)
+    for level, text in world.notes:
+        package.log(level, "%s", text)
+    return package
+
+
+def _show(world: World) -> logging.Logger:
     package = logging.getLogger("clusterssl")
     for handler in list(package.handlers):
         package.removeHandler(handler)
@@ -25,8 +35,10 @@ def log_to_screen(world: World) -> logging.Logger:
 
 def log_to_file(path: Path, world: World) -> None:
     """As `log_to_screen`, and rank 0 also appends everything to a file."""
-    package = log_to_screen(world)
+    package = _show(world)
     if world.is_main:
         file = logging.FileHandler(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         package.addHandler(file)
+        for level, text in world.notes:
+            package.log(level, "%s", text, extra={"file_only": True})

@@ -155,6 +155,8 @@ class RunOptions:
     """where ranks meet; env:// reads torchrun's or Slurm's variables"""
     timeout_minutes: float = 30.0
     """minutes after which a rank that waits for the others gives up"""
+    join_timeout_seconds: float = 50.0
+    """seconds after which, at the start, missing ranks are named and the others end"""
     world_size: int = -1
     """accepted and ignored: the launcher says it"""
     rank: int = 0
@@ -166,7 +168,8 @@ class RunOptions:
         require(self.log_freq > 0, f"--log_freq {self.log_freq}: must be at least 1")
         require(0 <= self.seed < 2**31, f"--seed {self.seed}: must lie between 0 and {2**31 - 1}")
         require(self.checkpoint_minutes >= 0, f"--checkpoint_minutes {self.checkpoint_minutes}: must not be negative")
-        require(self.timeout_minutes > 0, f"--timeout_minutes {self.timeout_minutes}: must be positive")
+        for name in ("timeout_minutes", "join_timeout_seconds"):
+            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be positive")
 
 
 def num_views(data: DataOptions) -> int:

@@ -51,8 +51,9 @@ class PretrainConfig(Protocol):
 FREE = frozenset(
     ["data_path", "subset_file", "workers", "max_bad_fraction", "batch_size", "accumulate", "epochs", "base_lr",
      "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init", "dump_path", "checkpoint_freq",
-     "checkpoint_minutes", "log_freq", "stop_on_collapse", "device", "dist_url", "timeout_minutes", "world_size",
-     "rank", "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size"]
+     "checkpoint_minutes", "log_freq", "stop_on_collapse", "device", "dist_url", "timeout_minutes",
+     "join_timeout_seconds", "world_size", "rank", "local_rank", "channels_last", "compile", "use_fp16",
+     "amp_dtype", "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -71,7 +72,10 @@ def or_digits(published: C, digits: C, argv: Sequence[str] | None = None) -> C:
 def join(run: RunOptions) -> Iterator[World]:
     """Join the other ranks as the flags say, and leave them at the end of the block."""
     keep_freed_memory()
-    world = dist.join(device=run.device, dist_url=run.dist_url, timeout_s=60 * run.timeout_minutes)
+    world = dist.join(
+        device=run.device, dist_url=run.dist_url, timeout_s=60 * run.timeout_minutes,
+        join_timeout_s=run.join_timeout_seconds,
+    )  # fmt: skip
     log_to_screen(world)
     try:
         yield world

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor
 
 from clusterssl import dist
@@ -32,6 +31,7 @@ from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.files import atomic_write, first_line, read_checkpoint, save_checkpoint
 from clusterssl.log import log_to_file
+from clusterssl.shared_folder import why_not_shared
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Run:
                 problem = str(error)
             except OSError as error:
                 problem = f"--dump_path {self.folder}: cannot be written ({first_line(error)}); choose another folder"
-        problem = dist.broadcast_object(problem)
+        problem = dist.broadcast_object(problem) or why_not_shared(self.folder)
         if problem:
             raise UserError(problem)
         log_to_file(self.folder / "train.log", self.world)
@@ -173,10 +173,7 @@ class Run:
 
     def _agree(self, problem: str) -> None:
         """Raise on all ranks what went wrong on any."""
-        if self.world.size > 1:
-            problems: list[Any] = [None] * self.world.size
-            torch_dist.all_gather_object(problems, problem)
-            problem = next((text for text in problems if text), "")
+        problem = next((text for text in dist.gather_objects(problem) if text), "")
         if problem:
             raise UserError(problem)
 

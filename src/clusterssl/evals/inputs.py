@@ -20,6 +20,7 @@ from clusterssl import dist
 from clusterssl.config import gives, require
 from clusterssl.data import STD, open_source
 from clusterssl.data.source import Source
+from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.files import first_line
 from clusterssl.models.build import build_backbone, check_crop_sizes, resolve_stem
@@ -77,12 +78,22 @@ class LaunchOptions:
     """auto: the GPU where there is one"""
     dist_url: str = "env://"
     """where ranks meet; env:// reads torchrun's or Slurm's variables"""
+    join_timeout_seconds: float = 50.0
+    """seconds after which, at the start, missing ranks are named and the others end"""
     world_size: int = -1
     """accepted and ignored: the launcher says it"""
     rank: int = 0
     """accepted and ignored: the launcher says it"""
     local_rank: int = 0
     """accepted and ignored: the launcher says it"""
+
+    def __post_init__(self) -> None:
+        seconds = self.join_timeout_seconds
+        require(seconds > 0, f"--join_timeout_seconds {seconds}: must be positive")
+
+    def join(self) -> World:
+        """Join the other ranks as the flags say."""
+        return dist.join(device=self.device, dist_url=self.dist_url, join_timeout_s=self.join_timeout_seconds)
 
 
 @dataclass(frozen=True)

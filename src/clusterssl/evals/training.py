@@ -22,8 +22,8 @@ from clusterssl.run import Run
 logger = logging.getLogger(__name__)
 
 _IMMATERIAL = """
-    data_path pretrained arch stem image_size workers batch_size train_augmentation dump_path device dist_url world_size
-    rank local_rank
+    data_path pretrained arch stem image_size workers batch_size train_augmentation dump_path device dist_url
+    join_timeout_seconds world_size rank local_rank
 """
 FREE = frozenset(_IMMATERIAL.split())
 """flags that may differ when a run is resumed: the network, the global batch and the images are compared instead"""

@@ -1,0 +1,32 @@
+"""Joins the other ranks, adds up their numbers, and prints what it found as one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.environ.get("PROBE_SOURCE") or str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+
+from clusterssl import config as cfg
+from clusterssl import dist
+from clusterssl.log import log_to_screen
+
+
+def main() -> None:
+    world = dist.join(device="cpu", join_timeout_s=float(os.environ.get("PROBE_SECONDS", "50")))
+    log_to_screen(world)
+    total = dist.all_reduce_(torch.tensor(float(world.rank + 1)))
+    found = {"rank": world.rank, "size": world.size, "local": world.local_rank, "launcher": world.launcher}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    print(json.dumps({**found, "sum": float(total), "host": socket.gethostname(), "gpus": gpus}), flush=True)
+    dist.barrier()
+    dist.leave()
+
+
+if __name__ == "__main__":
+    cfg.entry(main)

@@ -128,6 +128,18 @@ def test_does_not_depend_on_the_blocks(run: Callable[..., Clusters], monkeypatch
         torch.testing.assert_close(part.centroids_KD, expected.centroids_KD, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("run", [spherical_kmeans, euclidean_kmeans])
+def test_does_not_depend_on_the_cores(run: Callable[..., Clusters]) -> None:
+    x, before, found = blobs(20_001, 16, 50), torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(run(x, 60, KMeansOptions(kmeans_iters=3)))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0].labels_N, found[1].labels_N)
+    torch.testing.assert_close(found[0].centroids_KD, found[1].centroids_KD, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[0].inertia, found[1].inertia, rtol=1e-6)
+
+
 def dealt(rank: int, world_size: int, kind: str, options: KMeansOptions) -> Clusters:
     """Cluster rows that are dealt out to the ranks in turns, with uneven numbers."""
     x = blobs(703, 12, 30, unit=kind == "spherical")

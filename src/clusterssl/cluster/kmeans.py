@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clusterssl import dist
+from clusterssl.cluster.cores import MOST, on_cores
 from clusterssl.cluster.empty import fill_empty, split_largest
 from clusterssl.cluster.nearest import SEARCHES, Target, block_rows, import_faiss
 from clusterssl.cluster.rows import GlobalRows
@@ -34,6 +35,7 @@ from clusterssl.errors import UserError
 logger = logging.getLogger(__name__)
 
 _ROWS = 2**14
+_SMALL = 2**20
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -120,14 +122,15 @@ def memory_estimate(
 ) -> int:
     """Bytes that k-means takes on one rank at its peak, beside the rows of that rank.
 
-    Scores and float64 rows of a block; sums, their update and two sets of centroids; of each row label, score, length,
-    number, order and key; with k-means++ its sample.
+    Scores and float64 rows of a block and float64 sums, for each core; sums, their update and two sets of centroids; of
+    each row label, score, length, number, order and key; with k-means++ its sample.
     """
     block = min(block_rows(clusters, device), rows)
-    blocks = block * (clusters * number_bytes + (dim + 1) * 16)
+    cores = min(torch.get_num_threads(), MOST) if device.type == "cpu" else 1
+    of_core = block * (clusters * number_bytes + (dim + 1) * 16) + (clusters + 1) * (dim + 1) * 16
     centroids = (clusters + 1) * (dim + 1) * (16 + 3 * number_bytes)
     sample = SAMPLE * clusters * dim * number_bytes if init == "kmeans++" else 0
-    return blocks + centroids + sample + rows * (8 + 2 * number_bytes + 8 + 8 + 5 * 8)
+    return cores * of_core + centroids + sample + rows * (8 + 2 * number_bytes + 8 + 8 + 5 * 8)
 
 
 class _Problem:
@@ -202,16 +205,25 @@ def _search(problem: _Problem, centroids_KD: Tensor, options: KMeansOptions, *, 
     clusters, dim = centroids_KD.shape
     labels_N = torch.empty(len(x_ND), dtype=torch.int64, device=x_ND.device)
     scores_N = x_ND.new_empty(len(x_ND))
-    packed = torch.zeros(clusters + 1, 1 + dim * learn, dtype=torch.float64, device=x_ND.device)
-    with torch.autocast(x_ND.device.type, enabled=False):
-        for part, labels_n, scores_n in SEARCHES[options.kmeans_backend](x_ND, target):
-            labels_N[part], scores_N[part] = labels_n, scores_n
-            ones_and_rows = packed.new_ones(len(labels_n), packed.shape[1])
-            if learn:
-                ones_and_rows[:, 1:] = x_ND[part]
-            packed.index_add_(0, labels_n, ones_and_rows)
-    packed[-1, 0] = scores_N.double().sum()
-    dist.all_reduce_(packed)
+    search = SEARCHES[options.kmeans_backend]
+
+    def of_share(start: int, stop: int) -> Tensor:
+        """Counts and sums [K + 1, 1 + D] of these rows, float64, in the last row their total score."""
+        packed = torch.zeros(clusters + 1, 1 + dim * learn, dtype=torch.float64, device=x_ND.device)
+        with torch.no_grad(), torch.autocast(x_ND.device.type, enabled=False):
+            for block, labels_n, scores_n in search(x_ND[start:stop], target):
+                part = slice(start + block.start, start + block.stop)
+                labels_N[part], scores_N[part] = labels_n, scores_n
+                ones_and_rows = packed.new_ones(len(labels_n), packed.shape[1])
+                if learn:
+                    ones_and_rows[:, 1:] = x_ND[part]
+                packed.index_add_(0, labels_n, ones_and_rows)
+        packed[-1, 0] = scores_N[start:stop].double().sum()
+        return packed
+
+    several = options.kmeans_backend == "torch" and x_ND.device.type == "cpu" and len(x_ND) * clusters > _SMALL
+    shares = on_cores(of_share, len(x_ND)) if several else [of_share(0, len(x_ND))]
+    packed = dist.all_reduce_(torch.stack(shares).sum(0) if several else shares[0])
     score_sum = float(packed[-1, 0])
     return _Found(labels_N, scores_N, packed[:-1, 1:], packed[:-1, 0].long(), problem.inertia(score_sum))
 

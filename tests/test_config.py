@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 
 import eval_linear
+import main_deepclusterv2
 import main_swav
 from clusterssl import config as cfg
 from clusterssl.errors import UserError
@@ -15,7 +16,9 @@ from tests.golden_files import FOLDER
 
 FLAGS = json.loads((FOLDER / "published_flags.json").read_text())
 RECIPES = json.loads((FOLDER / "published_recipes.json").read_text())
-SCRIPTS = {"main_swav": main_swav.Config, "eval_linear": eval_linear.Config}
+SCRIPTS = {
+    "main_swav": main_swav.Config, "main_deepclusterv2": main_deepclusterv2.Config, "eval_linear": eval_linear.Config,
+}  # fmt: skip
 KINDS = {"int": int, "float": float, "str": str, "bool_flag": bool}
 
 
@@ -120,7 +123,9 @@ def test_help_shows_the_text_under_each_field(capsys: pytest.CaptureFixture[str]
     assert end.value.code == 0 and "What it is." in shown and "sizes of things (default: 8)" in shown
 
 
-@pytest.mark.parametrize("flag", list(cfg.flags(main_swav.Config())), ids=lambda flag: flag.name)
+@pytest.mark.parametrize(
+    "flag", [*cfg.flags(main_swav.Config()), *cfg.flags(main_deepclusterv2.Config())], ids=lambda flag: flag.name
+)
 def test_every_flag_has_help(flag: cfg.Flag) -> None:
     assert len(flag.help) > 10
 

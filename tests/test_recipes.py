@@ -7,46 +7,56 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import main_deepclusterv2
 import main_swav
 from clusterssl import config as cfg
 from tests.golden_files import FOLDER
 from tests.launch import ROOT, metrics
 
-RECIPES = [r for r in json.loads((FOLDER / "published_recipes.json").read_text()) if r["script"] == "main_swav.py"]
+MAINS = {"main_swav.py": main_swav, "main_deepclusterv2.py": main_deepclusterv2}
+RECIPES = [r for r in json.loads((FOLDER / "published_recipes.json").read_text()) if r["script"] in MAINS]
 SBATCH = [r for r in RECIPES if (ROOT / "scripts" / f"{r['name']}.sh").exists()]
 
 
 SMALL = [
     *("--data_path", "synthetic:8:40x40", "--arch", "conv4w4", "--hidden_mlp", "16", "--batch_size", "4"),
-    *("--epochs", "1", "--warmup_epochs", "0", "--workers", "0", "--device", "cpu", "--queue_length", "4"),
-    *("--epoch_queue_starts", "0", "--dist_url", "env://"),
+    *("--epochs", "1", "--warmup_epochs", "0", "--workers", "0", "--device", "cpu", "--dist_url", "env://"),
 ]
+SMALLER = {
+    "main_swav.py": ["--queue_length", "4", "--epoch_queue_starts", "0"],
+    "main_deepclusterv2.py": ["--nmb_prototypes", "5", "4", "3"],
+}
 
 
-def flags_of(script: Path) -> list[str]:
-    """What a recipe script passes to main_swav.py."""
-    command = script.read_text().replace("\\\n", " ").split("main_swav.py", 2)[-1]
-    return [word for word in shlex.split(command) if word != "$@"]
+def flags_of(script: Path) -> tuple[str, list[str]]:
+    """The entry script that a recipe script starts and what it passes to it."""
+    text = script.read_text().replace("\\\n", " ")
+    main = next(name for name in MAINS if name in text)
+    return main, [word for word in shlex.split(text.split(main, 2)[-1]) if word != "$@"]
 
 
-def without_places(config: main_swav.Config) -> main_swav.Config:
+def without_places(config: Any) -> Any:
     """The configuration without paths and addresses."""
     run = replace(config.run, dump_path="", dist_url="")
     return replace(config, data=replace(config.data, data_path=""), run=run)
 
 
-def test_all_nine_published_scripts_are_here() -> None:
-    assert len(SBATCH) == 9
+def test_all_published_scripts_are_here() -> None:
+    assert [r["script"] for r in SBATCH].count("main_swav.py") == 9
+    assert [r["script"] for r in SBATCH].count("main_deepclusterv2.py") == 3
 
 
 @pytest.mark.parametrize("recipe", SBATCH, ids=lambda r: r["name"])
 def test_a_recipe_script_gives_the_published_flags(recipe: dict) -> None:
     script = ROOT / "scripts" / f"{recipe['name']}.sh"
-    ours = cfg.parse(main_swav.Config, flags_of(script))
-    assert without_places(ours) == without_places(cfg.parse(main_swav.Config, recipe["flags"]))
+    main, flags = flags_of(script)
+    assert main == recipe["script"]
+    ours, published = (cfg.parse(MAINS[main].Config, words) for words in (flags, recipe["flags"]))
+    assert without_places(ours) == without_places(published)
     text = script.read_text()
     assert f"--nodes={recipe['nodes']} --ntasks-per-node={recipe['tasks_per_node']}" in text
     assert str(recipe["published"]["imagenet_linear_top1"]) in text
@@ -54,7 +64,8 @@ def test_a_recipe_script_gives_the_published_flags(recipe: dict) -> None:
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("swav_*.sh")), ids=lambda s: s.name)
 def test_every_recipe_script_parses(script: Path) -> None:
-    assert cfg.parse(main_swav.Config, flags_of(script))
+    main, flags = flags_of(script)
+    assert cfg.parse(MAINS[main].Config, flags)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r["name"])
@@ -64,8 +75,9 @@ def test_every_published_command_line_starts(
     """The published words, then a smaller network and fewer images, on which everything else is as it was."""
     words = [word for word in recipe["flags"] if "$" not in word or word == "${DATASET_PATH}"]
     words = [word for word in words if word not in ("--dist_url", "--dump_path")]
-    monkeypatch.setattr(sys, "argv", ["main_swav.py", *words, *SMALL, "--dump_path", str(tmp_path)])
+    script = recipe["script"]
+    monkeypatch.setattr(sys, "argv", [script, *words, *SMALL, *SMALLER[script], "--dump_path", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
-        cfg.entry(main_swav.main)
+        cfg.entry(MAINS[script].main)
     assert end.value.code == 0, capsys.readouterr()
     assert max(record.get("step", 0) for record in metrics(tmp_path)) == 2

@@ -28,6 +28,7 @@ class Stream(IntEnum):
     PIXELS = 4
     KMEANS = 5
     BALANCE = 6
+    LABELS = 7
     DROPOUT = 8
 
 

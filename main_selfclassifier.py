@@ -16,7 +16,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import log
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
@@ -89,6 +91,7 @@ class SelfClassifier(Method):
         dim, dtype = cast(SelfClassifierNet, bare(model)).mlp_head.out_dim, next(model.parameters()).dtype
         self.queue = None if o.no_nn_aug else NeighbourQueue(o.queue_len, dim, feed.device, dtype)
         self.step_loss = WholeStepLoss(self.objective)
+        self.ln_k = fmean(map(log, config.model.cls_size))
 
     def objective(self, logits: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Loss of logits [V, B, K] of each classifier, and the first one's targets of the global views [G, B, K]."""
@@ -118,7 +121,8 @@ class SelfClassifier(Method):
         loss, target_GBK = self.step_loss(logits)
         if self.queue is not None:
             self.queue.push(e_VBD[0], index, more=not self.step_loss.complete)
-        self.seen = Observation(*(x[:GLOBAL].flatten(0, 1) for x in (e_VBD, logits[0].detach(), target_GBK)))
+        e, scores, targets = (x[:GLOBAL].flatten(0, 1) for x in (e_VBD, logits[0].detach(), target_GBK))
+        self.seen = Observation(e, scores, targets, self.ln_k)
         return loss
 
     def state_dict(self) -> dict[str, Any]:

@@ -57,6 +57,15 @@ def test_many_ranks_measure_what_one_does() -> None:
         assert answer == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.parametrize("loss", [math.log(10), 5.0])
+def test_a_collapse_of_heads_of_different_size_is_seen_at_their_mean_ln_k(loss: float) -> None:
+    watch = Monitor(patience=1)
+    seen = Observation(embeddings(), torch.randn(60, 10), torch.full((60, 10), 0.1), ln_k=5.0)
+    watch.observe(seen)
+    assert watch.measure(loss, seen)["ln_k"] == 5
+    assert bool(watch.verdict) == (loss == 5)
+
+
 def test_occupancy_counts_each_epoch_anew() -> None:
     watch, z = Monitor(), torch.eye(3)
     seen = Observation(z, torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 2, 0]]), torch.eye(3))
@@ -116,7 +125,7 @@ def test_assignments_that_get_sharper_again_are_no_collapse() -> None:
     watch = Monitor()
     for number in range(8):
         watch._judge(math.log(20), {"ln_k": math.log(20), "entropy": math.log(20) * (0.999 - 0.011 * number),
-                                    "feature_std": 0.5, "rankme": 5.0})  # fmt: skip
+                                    "feature_std": 0.5, "rankme": 5.0}, math.log(20))  # fmt: skip
     assert watch.verdict == ""
 
 

@@ -24,6 +24,8 @@ class Observation(NamedTuple):
     scores_NK: Tensor
     assignments_NK: Tensor | None
     """None where images have a label each, instead of a distribution over prototypes"""
+    ln_k: float | None = None
+    """loss of guessing, where it is not the logarithm of the prototypes: the mean over heads of different size"""
 
 
 def rankme(z_ND: Tensor) -> float:
@@ -123,9 +125,9 @@ class Monitor:
         """At a logged step: the numbers for metrics.jsonl; a collective call. May set and log `verdict`."""
         counts_K = self._window.total()
         assert counts_K is not None, "measure follows observe"
-        num_prototypes = counts_K.numel()
+        ln_k = math.log(counts_K.numel())
         numbers = {
-            "ln_k": math.log(num_prototypes),
+            "ln_k": ln_k if seen.ln_k is None else seen.ln_k,
             "entropy": 0.0 if seen.assignments_NK is None else entropy(seen.assignments_NK),
             "perplexity": perplexity(counts_K),
             "dead_share": float((counts_K == 0).double().mean()),
@@ -133,7 +135,7 @@ class Monitor:
             "rankme": rankme(seen.z_ND),
         }
         self._window.reset()
-        self._judge(loss, numbers)
+        self._judge(loss, numbers, ln_k)
         return numbers
 
     def epoch_occupancy(self) -> list[int]:
@@ -160,11 +162,11 @@ class Monitor:
         if state["occupancy"]:
             self._epoch.carry(torch.tensor(state["occupancy"]))
 
-    def _judge(self, loss: float, numbers: dict[str, float]) -> None:
+    def _judge(self, loss: float, numbers: dict[str, float], ln_k: float) -> None:
         if self._untrained is None:
             self._untrained = numbers["entropy"]
-        evidence = _evidence(loss, numbers, self._untrained)
-        recovering = self._suspect > 0 and numbers["entropy"] < self._first_suspected - 0.01 * numbers["ln_k"]
+        evidence = _evidence(loss, numbers, self._untrained, ln_k)
+        recovering = self._suspect > 0 and numbers["entropy"] < self._first_suspected - 0.01 * ln_k
         if not evidence or recovering:
             self._suspect = 0
         if evidence and self._suspect == 0:
@@ -176,9 +178,9 @@ class Monitor:
         logger.warning("%s", self.verdict)
 
 
-def _evidence(loss: float, numbers: dict[str, float], untrained: float) -> str:
-    """What speaks for a collapse at this step, in words; empty when nothing does."""
-    ln_k = numbers["ln_k"]
+def _evidence(loss: float, numbers: dict[str, float], untrained: float, ln_k: float) -> str:
+    """What speaks for a collapse at this step, in words; empty when nothing does. `ln_k` is of the entropy's head."""
+    guessing = numbers["ln_k"]
     found = []
     if numbers["feature_std"] < 0.1:
         found.append(f"embeddings are nearly equal (standard deviation {numbers['feature_std']:.3f} of 1)")
@@ -190,5 +192,5 @@ def _evidence(loss: float, numbers: dict[str, float], untrained: float) -> str:
         found.append(
             f"assignments grow uniform (entropy {untrained:.2f} -> {numbers['entropy']:.2f}, ln K = {ln_k:.2f})"
         )
-    stuck = abs(loss - ln_k) < 0.02 * ln_k
-    return f"loss {loss:.3f} at ln K = {ln_k:.3f}, " + ", ".join(found) if found and stuck else ""
+    stuck = abs(loss - guessing) < 0.02 * guessing
+    return f"loss {loss:.3f} at ln K = {guessing:.3f}, " + ", ".join(found) if found and stuck else ""

@@ -3,6 +3,7 @@
     python bench/kmeans.py                         # all cores
     python bench/kmeans.py --threads 1
     python bench/kmeans.py --data gauss            # features without any clusters
+    python bench/kmeans.py --device cuda --rows 1000000
 
 The published algorithm, written anew from its description: all dot products as one matrix, the maximum of each row,
 then a loop over the clusters that selects the rows of each and sums them. Selecting by one sort of the labels, as here,
@@ -44,6 +45,7 @@ class Options:
     """rows around 2000 random centres, or without any structure"""
     threads: int = 0
     """0: all cores"""
+    device: Literal["cpu", "cuda"] = "cpu"
     seed: int = 0
     out: str = "bench/results/kmeans.json"
 
@@ -55,7 +57,7 @@ def features(options: Options) -> Tensor:
     if options.data == "groups":
         centres = torch.randn(2000, options.dim, generator=generator)
         x_ND = centres[torch.randint(2000, (options.rows,), generator=generator)] + 0.7 * x_ND
-    return F.normalize(x_ND, dim=1)
+    return F.normalize(x_ND, dim=1).to(options.device)
 
 
 def published(x_ND: Tensor, centroids_KD: Tensor, iterations: int) -> Tensor:
@@ -86,8 +88,8 @@ def faiss_kmeans(x_ND: Tensor, centroids_KD: Tensor, iterations: int) -> Tensor:
     import faiss
 
     found = faiss.Kmeans(x_ND.shape[1], len(centroids_KD), niter=iterations, spherical=True, min_points_per_centroid=1)
-    found.train(x_ND.numpy(), init_centroids=centroids_KD.numpy())
-    return torch.from_numpy(found.centroids)
+    found.train(x_ND.cpu().numpy(), init_centroids=centroids_KD.cpu().numpy())
+    return torch.from_numpy(found.centroids).to(x_ND)
 
 
 def systems(options: Options) -> dict[str, Callable[[Tensor, Tensor, int], Tensor]]:
@@ -113,7 +115,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     x_ND = features(options)
-    start_KD = x_ND[torch.randperm(options.rows, generator=torch.Generator().manual_seed(1))[: options.clusters]]
+    order = torch.randperm(options.rows, generator=torch.Generator().manual_seed(1))
+    start_KD = x_ND[order[: options.clusters].to(options.device)]
     compared = systems(options)
     seconds: dict[str, list[float]] = {name: [] for name in compared}
     ends: dict[str, float] = {}
@@ -121,6 +124,8 @@ def main() -> None:
         for name, run in compared.items():
             began = time.perf_counter()
             centroids_KD = run(x_ND, start_KD.clone(), options.iterations)
+            if options.device == "cuda":
+                torch.cuda.synchronize()
             seconds[name].append((time.perf_counter() - began) / options.iterations)
             ends[name] = ends.get(name) or inertia(x_ND, centroids_KD)
             print(f"{repeat + 1}/{options.repeats} {name}: {seconds[name][-1]:.3f} s an iteration", flush=True)

@@ -73,6 +73,7 @@ def collectives(rank: int, world_size: int) -> dict:
         "mean": dist.all_reduce_(x.clone(), "mean"),
         "max": dist.all_reduce_(x.clone(), "max"),
         "rows": dist.all_gather_cat(torch.full((rank + 1, 2), rank)),
+        "equal rows": dist.all_gather_cat(torch.arange(6).view(2, 3).T + 10 * rank, equal=True),
         "object": dist.broadcast_object(f"from {rank}"),
         "share": dist.share(10),
         "agreed": [*seen, agreement.finish()],
@@ -85,6 +86,7 @@ def test_collectives_over_ranks() -> None:
         assert answer["sum"].tolist() == [3, 3] and answer["mean"].tolist() == [1, 1]
         assert answer["max"].tolist() == [2, 1] and answer["object"] == "from 0"
         assert answer["rows"][:, 0].tolist() == [0, 1, 1, 2, 2, 2]
+        assert answer["equal rows"].tolist() == [[i + 10 * r, 3 + i + 10 * r] for r in range(3) for i in range(3)]
         assert answer["agreed"] == [[0, 0], [0, 0], [1, 1], [0, 2]], "one step late, and the same everywhere"
     assert [answer["share"] for answer in answers] == [(0, 3), (3, 6), (6, 10)]
 

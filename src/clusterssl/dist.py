@@ -150,10 +150,17 @@ def all_reduce_(x: Tensor, op: str = "sum") -> Tensor:
     return x.div_(size()) if op == "mean" else x
 
 
-def all_gather_cat(x: Tensor) -> Tensor:
-    """Concatenate the rows of all ranks in rank order; ranks may hold different numbers of rows."""
+def all_gather_cat(x: Tensor, *, equal: bool = False) -> Tensor:
+    """Concatenate the rows of all ranks in rank order.
+
+    Ranks may hold different numbers of rows, unless they promise `equal` ones: then nothing waits for the device.
+    """
     if size() == 1:
         return x
+    if equal:
+        rows = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size())]
+        torch_dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
     counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(size())]
     torch_dist.all_gather(counts, torch.tensor([x.shape[0]], device=x.device))
     numbers = [int(count) for count in counts]

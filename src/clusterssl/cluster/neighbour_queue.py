@@ -48,7 +48,8 @@ class NeighbourQueue:
         self._waiting.append((z_BD.detach().to(self.rows_LD.dtype), index_B))
         if more:
             return
-        z_ND, index_N = (dist.all_gather_cat(torch.cat(parts)) for parts in zip(*self._waiting, strict=True))
+        parts = zip(*self._waiting, strict=True)
+        z_ND, index_N = (dist.all_gather_cat(torch.cat(part), equal=True) for part in parts)
         self._waiting = []
         length, count = len(self.rows_LD), len(index_N)
         kept = min(length, count)

@@ -68,8 +68,8 @@ class Config:
 
 DIGITS = Config(
     data=replace(options.DIGITS_DATA, nmb_crops=(1,)), model=options.DIGITS_MODEL,
-    clustering=ClusteringOptions(nmb_cluster=100), kmeans=KMeansOptions(kmeans_iters=20),
-    optim=OptimOptions(60, 100, optimizer="sgd", base_lr=0.05, wd=1e-5, warmup_epochs=0, schedule="constant"),
+    clustering=ClusteringOptions(nmb_cluster=30, pca_dim=16, reassign=4.0), kmeans=KMeansOptions(kmeans_iters=20),
+    optim=OptimOptions(20, 100, optimizer="sgd", base_lr=0.5, wd=1e-5, warmup_epochs=0, schedule="constant"),
     run=RunOptions(dump_path="runs/deepcluster_digits"),
 )  # fmt: skip
 

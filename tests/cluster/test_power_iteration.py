@@ -94,6 +94,18 @@ def test_a_long_chain_of_pointers_is_followed_to_its_end() -> None:
     assert ours.of_graph.tolist() == naive(index, square, 0.2, 0.001)[0]
 
 
+def test_a_single_point_joins_its_nearest_neighbour_that_is_not_single() -> None:
+    """Points 0 and 1 are too far from all others for any weight, and nearest to each other."""
+    index = np.array([[1, 2, 5], [0, 5, 2], [3, 4, 0], [2, 4, 0], [2, 3, 0], [6, 7, 1], [5, 7, 1], [5, 6, 1]])
+    square = np.array([[50, 51, 52], [50, 51, 52], *[[0.01, 0.02, 50]] * 6])
+    square[2, 0] = square[5, 0] = 0.005
+    ours = clusters_of_graph(index, square, 0.2, 0.001, 200)
+    before, after = naive(index, square, 0.2, 0.001)
+    assert ours.of_graph.tolist() == before and ours.merged.tolist() == after
+    assert (np.bincount(ours.of_graph) == 1).sum() == 2
+    assert ours.merged[0] == ours.merged[2] != ours.merged[5] == ours.merged[1]
+
+
 def test_a_single_point_whose_neighbours_are_single_stays() -> None:
     """Equal weights: nothing rises, all are roots."""
     index = np.array([[1], [2], [0]])

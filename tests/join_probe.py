@@ -1,4 +1,8 @@
-"""Joins the other ranks, adds up their numbers, and prints what it found as one line of JSON."""
+"""Joins the other ranks, adds up their numbers, and prints what it found as one line of JSON.
+
+Variables: PROBE_SECONDS to wait for the others, PROBE_SOURCE of the package, PROBE_AFTER=READY:GO files to make and to
+wait for before joining.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, os.environ.get("PROBE_SOURCE") or str(Path(__file__).resolve().parents[1] / "src"))
@@ -18,6 +23,11 @@ from clusterssl.log import log_to_screen
 
 
 def main() -> None:
+    if "PROBE_AFTER" in os.environ:
+        ready, go = (Path(name) for name in os.environ["PROBE_AFTER"].split(":"))
+        ready.touch()
+        while not go.exists():
+            time.sleep(0.05)
     world = dist.join(device="cpu", join_timeout_s=float(os.environ.get("PROBE_SECONDS", "50")))
     log_to_screen(world)
     total = dist.all_reduce_(torch.tensor(float(world.rank + 1)))

@@ -47,7 +47,7 @@ def test_mapping_names_nodes_that_are_alike_once() -> None:
     assert lines == [
         "7 ranks on 4 nodes met at n0:99; they exchange tensors by NCCL, CPU tensors by gloo",
         "n0, n1, n2: 2 ranks on cuda:0, cuda:1 (NVIDIA H200)",
-        "n3: 1 ranks on cuda:0 (NVIDIA H200)",
+        "n3: 1 rank on cuda:0 (NVIDIA H200)",
     ]
 
 

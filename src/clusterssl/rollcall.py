@@ -169,7 +169,8 @@ def mapping(here: Sequence[Record], where: str) -> list[str]:
     for host, records in hosts.items():
         devices = list(dict.fromkeys(record["device"] for record in records))
         gpu = f" ({records[0]['gpu']})" if records[0]["gpu"] else ""
-        alike.setdefault(f"{len(records)} ranks on {', '.join(devices)}{gpu}", []).append(host)
+        number = "1 rank" if len(records) == 1 else f"{len(records)} ranks"
+        alike.setdefault(f"{number} on {', '.join(devices)}{gpu}", []).append(host)
     return [*lines, *(f"{', '.join(names)}: {what}" for what, names in alike.items())]
 
 

@@ -238,14 +238,14 @@ def test_all_ranks_refuse_the_bad_rows_of_one() -> None:
 def test_memory_is_estimated_and_told_of_first(caplog: pytest.LogCaptureFixture) -> None:
     cpu = torch.device("cpu")
     everything = 1_281_167 * 3000 * 4
-    assert memory_estimate(1_281_167, 128, 3000, cpu) < everything / 100
+    assert 1_281_167 * 100 < memory_estimate(1_281_167, 128, 3000, cpu) < everything / 20
     assert memory_estimate(1_281_167, 128, 3000, cpu, "kmeans++") > memory_estimate(1_281_167, 128, 3000, cpu)
     with caplog.at_level(logging.INFO, "clusterssl.cluster.kmeans"):
         for clusters in (5, 5, 6):
             spherical_kmeans(blobs(41, 9, 4), clusters)
     for clusters in (5, 6):
-        told = f"k-means of 41 x 9 features into {clusters} clusters: needs 0 MB on each rank beside its features"
-        assert caplog.text.count(told) == 1
+        assert caplog.text.count(f"k-means of 41 x 9 features into {clusters} clusters: needs ") == 1
+    assert "MB on each rank beside its features" in caplog.text
 
 
 def test_half_precision_around_it_changes_nothing() -> None:

@@ -122,15 +122,16 @@ def memory_estimate(
 ) -> int:
     """Bytes that k-means takes on one rank at its peak, beside the rows of that rank.
 
-    Scores and float64 rows of a block and float64 sums, for each core; sums, their update and two sets of centroids; of
-    each row label, score, length, number, order and key; with k-means++ its sample.
+    For each core scores and float64 rows of a block, float64 sums, and 8 MB of workspace of the matrix product; sums,
+    their update and two sets of centroids; of each row number, order, label and score of two searches, length, and
+    what drawing its random number takes; with k-means++ its sample.
     """
     block = min(block_rows(clusters, device), rows)
     cores = min(torch.get_num_threads(), MOST) if device.type == "cpu" else 1
-    of_core = block * (clusters * number_bytes + (dim + 1) * 16) + (clusters + 1) * (dim + 1) * 16
+    of_core = block * (clusters * number_bytes + (dim + 1) * 16) + (clusters + 1) * (dim + 1) * 16 + 2**23
     centroids = (clusters + 1) * (dim + 1) * (16 + 3 * number_bytes)
     sample = SAMPLE * clusters * dim * number_bytes if init == "kmeans++" else 0
-    return cores * of_core + centroids + sample + rows * (8 + 2 * number_bytes + 8 + 8 + 5 * 8)
+    return cores * of_core + centroids + sample + rows * (2 * 8 + 2 * (8 + number_bytes) + number_bytes + 10 * 8)
 
 
 class _Problem:

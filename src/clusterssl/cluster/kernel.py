@@ -10,16 +10,17 @@ Shape suffixes: N images of this rank, n images of a block, D features, K cluste
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from clusterssl import dist
+from clusterssl.cluster.cores import MOST, on_cores
 from clusterssl.errors import UserError
 
-_BLOCK = {"cpu": 2**20, "cuda": 2**26}
-"""entries of a block: on a CPU what stays in its cache"""
+_BLOCK = {"cpu": 2**18, "cuda": 2**26}
+"""entries of a block: on a CPU what stays in the cache of a core"""
 _DRIFT = {torch.float32: 60.0, torch.float64: 600.0}
 """spread of potentials against those in the kernel up to which their exponentials are factors of it"""
 
@@ -42,7 +43,8 @@ class Kernel:
         """Nothing is computed yet.
 
         Args:
-            features_ND: of this rank's images, any float type; ranks may hold different numbers, or none.
+            features_ND: of this rank's images, any float type; ranks may hold different numbers, or none. They may lie
+                on the CPU while the weights, and with them the work, are on a GPU.
             weight_KD: logits are features_ND @ weight_KD.T + bias_K; None: the features are the logits, K = D.
             bias_K: None for zeros.
             dtype: float32 or float64, of blocks and their sums; sums over blocks are float64.
@@ -51,21 +53,22 @@ class Kernel:
         Raises:
             UserError: features or weights are not finite; fewer images than clusters.
         """
-        self.features_ND, self.weight_KD, self.bias_K, self.dtype = features_ND, weight_KD, bias_K, dtype
-        self.device = features_ND.device
+        self.features_ND, self.dtype = features_ND.detach(), dtype
+        self.weight_KD, self.bias_K = (None if x is None else x.detach() for x in (weight_KD, bias_K))
+        self.device = features_ND.device if weight_KD is None else weight_KD.device
         self.images = int(dist.all_reduce_(torch.tensor(len(features_ND))))
         self.clusters = features_ND.shape[1] if weight_KD is None else len(weight_KD)
         self._check()
-        rows = max(1, _BLOCK[self.device.type] // self.clusters)
-        self.spans = [slice(first, first + rows) for first in range(0, len(features_ND), rows)]
-        entries = len(features_ND) * self.clusters
-        cached = entries * torch.finfo(dtype).bits // 8 <= cache_bytes
-        self._cache = (
-            torch.empty((len(features_ND), self.clusters), dtype=dtype, device=self.device) if cached else None
-        )
-        self._scratch = torch.empty((min(rows, len(features_ND)), self.clusters), dtype=dtype, device=self.device)
+        kept = len(features_ND) * self.clusters * torch.finfo(dtype).bits // 8 <= cache_bytes
+        self._kept_NK = self._empty(len(features_ND), self.clusters) if kept else None
         self.sharpness = 0.0
         self.passes = 0
+
+    def in_double(self) -> Kernel:
+        """The same in float64, without keeping anything; its passes go on from these."""
+        exact = Kernel(self.features_ND, self.weight_KD, self.bias_K, dtype=torch.float64)
+        exact.passes = self.passes
+        return exact
 
     def _check(self) -> None:
         if self.images < self.clusters:
@@ -78,38 +81,68 @@ class Kernel:
         if int(dist.all_reduce_(torch.tensor(int(finite)), "min")) == 0:
             raise UserError("features or head weights are not finite: training has diverged; lower the learning rate")
 
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
     def tilt(self, sharpness: float, reference_K: Tensor) -> None:
         """Set the kernel to exp(sharpness * logits + reference_K), rows divided by their largest entries."""
         self.sharpness, self.reference_K = sharpness, reference_K.clone()
-        if self._cache is not None:
-            for span in self.spans:
-                self._filled(span, self._cache[span])
+        if self._kept_NK is not None:
+            kept_NK = self._kept_NK
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """One pass: rows and entries [n, K] of each block, valid until the next one; not to be changed."""
+            def keep(span: slice, _: Tensor) -> None:
+                self._fill(span, kept_NK[span])
+
+            self._on_blocks(keep)
+
+    def sums(self, work: Callable[[slice, Tensor], Tensor], length: int) -> Tensor:
+        """One pass over all images, and one all-reduce of R numbers.
+
+        Args:
+            work: from the rows of a block and its entries [n, K], which it may not change, to R numbers; it may be
+                called in several threads at once.
+            length: R.
+
+        Returns:
+            Sums over the blocks of all ranks, float64 [R] on the device, the same on every rank.
+        """
         self.passes += 1
-        for span in self.spans:
-            yield span, self._cache[span] if self._cache is not None else self._filled(span, self._out(span))
+        kept_NK = self._kept_NK
+        whole_R = self._on_blocks(
+            lambda span, room_nK: work(span, self._fill(span, room_nK) if kept_NK is None else kept_NK[span]), length
+        )
+        return dist.all_reduce_(whole_R)
 
-    def _out(self, span: slice) -> Tensor:
-        return self._scratch[: len(self.features_ND[span])]
+    def _on_blocks(self, work: Callable[[slice, Tensor], Tensor | None], length: int = 0) -> Tensor:
+        """Sum over this rank's blocks of what `work` makes of their rows and room [n, K]; on a CPU by all its cores."""
+        rows = max(1, _BLOCK[self.device.type] // self.clusters)
 
-    def _filled(self, span: slice, out_nK: Tensor) -> Tensor:
+        def share(start: int, stop: int) -> Tensor:
+            sums_R = torch.zeros(length, dtype=torch.float64, device=self.device)
+            room_nK = self._empty(min(rows, stop - start), self.clusters)
+            for first in range(start, stop, rows):
+                span = slice(first, min(first + rows, stop))
+                found = work(span, room_nK[: span.stop - first])
+                sums_R += 0 if found is None else found
+            return sums_R
+
+        with _full_precision(self.device):
+            images = len(self.features_ND)
+            return torch.stack(on_cores(share, images) if self.device.type == "cpu" else [share(0, images)]).sum(0)
+
+    def _fill(self, span: slice, out_nK: Tensor) -> Tensor:
         self._exponents(span, self.reference_K, out_nK)
         return out_nK.sub_(out_nK.amax(1, keepdim=True)).exp_()
 
     def _exponents(self, span: slice, potentials_K: Tensor, out_nK: Tensor, sharpness: float | None = None) -> Tensor:
         """sharpness * logits + potentials_K of a block."""
         sharpness = self.sharpness if sharpness is None else sharpness
-        x_nD = self.features_ND[span].to(self.dtype)
+        x_nD, shift_K = self.features_ND[span].to(self.device, self.dtype), potentials_K.to(self.device)
         if self.weight_KD is None:
-            return torch.add(potentials_K.to(x_nD), x_nD, alpha=sharpness, out=out_nK)
-        shift_K = potentials_K.to(self.device)
+            return torch.add(shift_K.to(x_nD), x_nD, alpha=sharpness, out=out_nK)
         if self.bias_K is not None:
             shift_K = shift_K + sharpness * self.bias_K.double()
-        weight_DK = self.weight_KD.to(self.dtype).T
-        with _full_precision():
-            return torch.addmm(shift_K.to(x_nD), x_nD, weight_DK, alpha=sharpness, out=out_nK)
+        return torch.addmm(shift_K.to(x_nD), x_nD, self.weight_KD.to(x_nD).T, alpha=sharpness, out=out_nK)
 
     def in_reach(self, potentials_K: Tensor) -> bool:
         """Whether exponentials of the difference to the reference are safe factors of the kernel."""
@@ -130,59 +163,67 @@ class Kernel:
         drift_K = potentials_K - self.reference_K
         drift_K -= (drift_K.max() + drift_K.min()) / 2
         factor_K = drift_K.exp().to(self.device, self.dtype)
-        sums_K = torch.zeros(self.clusters, dtype=torch.float64, device=self.device)
-        for _, kernel_nK in self.blocks():
-            sums_K += kernel_nK.T @ (kernel_nK @ factor_K).reciprocal_()
-        sums_K *= factor_K
-        return dist.all_reduce_(sums_K).cpu() / self.images
+        sums_K = self.sums(lambda _, kernel_nK: kernel_nK.T @ (kernel_nK @ factor_K).reciprocal_(), self.clusters)
+        return (sums_K * factor_K).cpu() / self.images
 
     @torch.no_grad()
     def labels(self, potentials_K: Tensor) -> Tensor:
         """The largest entry of each row of the tilted kernel, the first of equal ones: int64 [N]."""
         labels_N = torch.empty(len(self.features_ND), dtype=torch.int64, device=self.device)
-        for span in self.spans:
-            torch.argmax(self._exponents(span, potentials_K, self._out(span)), 1, out=labels_N[span])
+
+        def label(span: slice, room_nK: Tensor) -> None:
+            labels_N[span] = _argmax(self._exponents(span, potentials_K, room_nK))
+
+        self._on_blocks(label)
         return labels_N
 
     @torch.no_grad()
     def second_best(self, potentials_K: Tensor, labels_N: Tensor, allowed_K: Tensor) -> tuple[Tensor, Tensor]:
         """Best of the allowed clusters for each row, int64 [N], and how far its exponent is below that of the label."""
-        others_N, losses_N = (
-            torch.empty_like(labels_N),
-            torch.empty(labels_N.shape, dtype=self.dtype, device=self.device),
-        )
-        closed_K = torch.zeros(self.clusters, dtype=self.dtype, device=self.device)
-        closed_K[~allowed_K.to(self.device)] = -torch.inf
-        for span in self.spans:
-            exponents_nK = self._exponents(span, potentials_K, self._out(span))
+        others_N, losses_N = torch.empty_like(labels_N), self._empty(len(labels_N))
+        closed_K = torch.where(allowed_K, 0.0, -torch.inf).to(self.device, self.dtype)
+
+        def compare(span: slice, room_nK: Tensor) -> None:
+            exponents_nK = self._exponents(span, potentials_K, room_nK)
             own_n = exponents_nK.gather(1, labels_N[span, None])[:, 0]
             best_n, others_N[span] = exponents_nK.add_(closed_K).max(1)
             losses_N[span] = own_n - best_n
+
+        self._on_blocks(compare)
         return others_N, losses_N
 
     @torch.no_grad()
     def cross_entropy(self, labels_N: Tensor) -> float:
         """Mean over all images of -log softmax(logits) at their labels, what SeLa reports as its cost."""
-        nothing_K, total = torch.zeros(self.clusters, dtype=torch.float64), 0.0
-        for span in self.spans:
-            logits_nK = self._exponents(span, nothing_K, self._out(span), sharpness=1.0)
+        nothing_K = torch.zeros(self.clusters, dtype=torch.float64)
+
+        def cost(span: slice, room_nK: Tensor) -> Tensor:
+            logits_nK = self._exponents(span, nothing_K, room_nK, sharpness=1.0)
             own_n = logits_nK.gather(1, labels_N[span, None])[:, 0]
-            total += float((logits_nK.logsumexp(1) - own_n).double().sum())
-        return float(dist.all_reduce_(torch.tensor(total, dtype=torch.float64))) / self.images
+            return (logits_nK.logsumexp(1) - own_n).double().sum()
+
+        return float(dist.all_reduce_(self._on_blocks(cost, 1))) / self.images
 
 
-def kernel_bytes(images: int, clusters: int, cache_bytes: float, number_bytes: int, device: str = "cpu") -> int:
-    """Bytes that a `Kernel` takes beside its features: the block in work, its like in scratch, and what is kept."""
+def kernel_bytes(images: int, clusters: int, cache_bytes: float, number_bytes: int) -> int:
+    """Bytes that a `Kernel` takes on a CPU beside its features: a block for each core, and what is kept."""
     whole = images * clusters * number_bytes
-    return 2 * min(_BLOCK[device] * number_bytes, whole) + (whole if whole <= cache_bytes else 0)
+    blocks = 2 * MOST * max(_BLOCK["cpu"], clusters) * number_bytes
+    return min(blocks, 2 * whole) + (whole if whole <= cache_bytes else 0)
+
+
+def _argmax(scores_nK: Tensor) -> Tensor:
+    """First largest column of each row; numpy's search for it on CPUs is several times faster than torch's."""
+    return torch.from_numpy(scores_nK.numpy().argmax(1)) if scores_nK.device.type == "cpu" else scores_nK.argmax(1)
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def _full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products of float32 in float32: logits are multiplied by the sharpness before they are exponents."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clusterssl import dist
 from clusterssl.cluster.kernel import Kernel
 from clusterssl.cluster.potentials import Found
 
@@ -37,15 +36,15 @@ def plain_iteration(kernel: Kernel, sharpness: float, *, error: float, most: int
     kernel.tilt(sharpness, torch.zeros(kernel.clusters, dtype=torch.float64))
     c_N = torch.zeros(len(kernel.features_ND), dtype=kernel.dtype, device=kernel.device)
     factor_K: Tensor | None = None
-    change = float("inf")
+
+    def columns(span: slice, kernel_nK: Tensor) -> Tensor:
+        c_n = _first(kernel, kernel_nK) if factor_K is None else 1 / (kernel.images * (kernel_nK @ factor_K))
+        change = (c_N[span] / c_n - 1).abs().sum()
+        c_N[span] = c_n
+        return torch.cat([c_n @ kernel_nK, change[None]])
+
     for iteration in range(most + 1):
-        packed = torch.zeros(kernel.clusters + 1, dtype=torch.float64, device=kernel.device)
-        for span, kernel_nK in kernel.blocks():
-            c_n = _first(kernel, kernel_nK) if factor_K is None else 1 / (kernel.images * (kernel_nK @ factor_K))
-            packed[-1] += (c_N[span] / c_n - 1).abs().sum()
-            packed[:-1] += c_n @ kernel_nK
-            c_N[span] = c_n
-        dist.all_reduce_(packed)
+        packed = kernel.sums(columns, kernel.clusters + 1)
         change = float(packed[-1])
         looked = iteration == most or (iteration - 1) % _LOOK_EVERY == 0
         if factor_K is not None and looked and (change <= error or iteration == most):

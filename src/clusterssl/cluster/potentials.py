@@ -17,6 +17,7 @@ import time
 from collections import deque
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from clusterssl import dist
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 _MEMORY = 10
 _LONGEST = 20.0
 """largest change of a potential in one step, in nats"""
-_LEAST_CURVATURE = 1e-3
+_LEAST_CURVATURE = {torch.float32: 1e-3, torch.float64: 1e-12}
 """of a step that is remembered, in units of diag(s): flatter ones are rounding errors"""
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -77,11 +78,11 @@ def quasi_newton(kernel: Kernel, start_K: Tensor, error: float, imbalance: float
         if after is None:
             history.clear()
             continue
-        _remember(history, point, after)
+        _remember(history, point, after, _LEAST_CURVATURE[kernel.dtype])
         point = after
         found = point.found(kernel.images)
         best = min(best, found, key=lambda one: one.error)
-    return best if found.error > error else found
+    return found if found.error <= error else best
 
 
 def _evaluated(kernel: Kernel, potentials_K: Tensor) -> _Point:
@@ -124,9 +125,9 @@ def _line_search(kernel: Kernel, point: _Point, step_K: Tensor, *, careful: bool
     return None
 
 
-def _remember(history: deque[tuple[Tensor, Tensor]], before: _Point, after: _Point) -> None:
+def _remember(history: deque[tuple[Tensor, Tensor]], before: _Point, after: _Point, least: float) -> None:
     step_K, change_K = after.potentials_K - before.potentials_K, after.gradient_K - before.gradient_K
-    if step_K.dot(change_K) > _LEAST_CURVATURE * step_K.dot(_metric(before) * step_K):
+    if step_K.dot(change_K) > least * step_K.dot(_metric(before) * step_K):
         history.append((step_K, change_K))
 
 

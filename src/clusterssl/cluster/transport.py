@@ -43,10 +43,15 @@ _SMALL = 2**20
 """entries of the kernel up to which float64 costs nothing that matters"""
 _FLOOR = 1e-7
 """error per image that float32 can tell from zero"""
+_PATIENCE = 200
+"""passes in float32 before float64 takes over"""
 _FEW = 10_000
 """images below which --sinkhorn_tol is lowered in proportion: it is a sum over images, and labels shall be exact"""
 _IMBALANCE = 0.01
 """largest deviation of a cluster's share of the plan from 1 / K that counts as converged, as a fraction of it"""
+
+_WORTH_TELLING = 10.0
+"""seconds after which the end of a transport is told on the screen, too"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,8 @@ def transport(
     """Label this rank's images so that the images of all ranks fall into K equal clusters; a collective call.
 
     Args:
-        features_ND: any float type; ranks may hold different numbers of images, or none.
+        features_ND: any float type; ranks may hold different numbers of images, or none. They may lie on the CPU while
+            the head is on a GPU.
         weight_KD: logits are features_ND @ weight_KD.T + bias_K; None: the features are the logits.
         bias_K: None for zeros.
         sharpness: lambda of SeLa, 1 / epsilon of SeLa-v2.
@@ -132,8 +138,8 @@ def transport(
         found, iterations = plain_iteration(kernel, sharpness, error=error, most=most)
         converged = found.error <= error
     else:
-        found, iterations = _quasi_newton(kernel, sharpness, options, start_K), 0
-        converged = found.error <= _tolerance(kernel, options) and found.imbalance <= _IMBALANCE
+        kernel, found = _quasi_newton(kernel, sharpness, options, start_K)
+        iterations, converged = 0, _met(kernel, found, options)
     labels_N = kernel.labels(found.potentials_K)
     if options.equal_labels:
         labels_N = equal_sizes(kernel, found.potentials_K, labels_N)
@@ -162,8 +168,13 @@ def dealt(order_N: NDArray[np.int64], clusters: int) -> NDArray[np.int32]:
     return (order_N % clusters).astype(np.int32)
 
 
-def _quasi_newton(kernel: Kernel, sharpness: float, options: TransportOptions, start_K: Tensor | None) -> Found:
-    """Potentials in float32; from a bad start by way of smaller sharpness, where a potential counts for less."""
+def _quasi_newton(
+    kernel: Kernel, sharpness: float, options: TransportOptions, start_K: Tensor | None
+) -> tuple[Kernel, Found]:
+    """Potentials, from a bad start by way of smaller sharpness, where a potential counts for less.
+
+    Returns the kernel, too, because one in float64 takes over where float32's rounding stands in the way.
+    """
     potentials_K = torch.zeros(kernel.clusters, dtype=torch.float64) if start_K is None else start_K.double().cpu()
     most = options.sinkhorn_max_iterations
     kernel.tilt(sharpness, potentials_K)
@@ -176,11 +187,22 @@ def _quasi_newton(kernel: Kernel, sharpness: float, options: TransportOptions, s
             potentials_K = quasi_newton(kernel, potentials_K, rough, float("inf"), passes=most).potentials_K
         potentials_K = potentials_K / at
         kernel.tilt(sharpness, potentials_K)
-    return quasi_newton(kernel, potentials_K, _tolerance(kernel, options), _IMBALANCE, passes=most)
+    goal = _tolerance(kernel, options), _IMBALANCE
+    single = kernel.dtype == torch.float32
+    found = quasi_newton(kernel, potentials_K, *goal, passes=min(most, kernel.passes + _PATIENCE) if single else most)
+    if single and not _met(kernel, found, options) and kernel.passes < most:
+        kernel = kernel.in_double()
+        kernel.tilt(sharpness, found.potentials_K)
+        found = quasi_newton(kernel, found.potentials_K, *goal, passes=most)
+    return kernel, found
 
 
 def _tolerance(kernel: Kernel, options: TransportOptions) -> float:
     return max(options.sinkhorn_tol * min(1, kernel.images / _FEW), _FLOOR * kernel.images)
+
+
+def _met(kernel: Kernel, found: Found, options: TransportOptions) -> bool:
+    return found.error <= _tolerance(kernel, options) and found.imbalance <= _IMBALANCE
 
 
 def _tell(kernel: Kernel, plan: Plan, options: TransportOptions, name: str, seconds: float) -> None:
@@ -189,10 +211,11 @@ def _tell(kernel: Kernel, plan: Plan, options: TransportOptions, name: str, seco
     logger.info(
         "%s: %d images in %d clusters, %d passes, %.1f s, change %.2g",
         name, kernel.images, kernel.clusters, plan.passes, seconds, plan.error,
+        extra={"file_only": seconds < _WORTH_TELLING},
     )  # fmt: skip
     if options.sinkhorn_iterations == 0 and not plan.converged:
         logger.warning(
-            "%s: stopped after %d passes at a change of %.3g, not %.3g: the clusters are less equal than asked for; "
-            "raise --sinkhorn_max_iterations or --sinkhorn_tol",
-            name, plan.passes, plan.error, options.sinkhorn_tol,
+            "%s: stopped after %d passes at a change of %.3g, the largest cluster error at %.2g %%: the clusters are "
+            "less equal than asked for; raise --sinkhorn_max_iterations or --sinkhorn_tol",
+            name, plan.passes, plan.error, 100 * plan.imbalance,
         )  # fmt: skip

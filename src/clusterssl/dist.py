@@ -14,6 +14,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from clusterssl import interfaces
 from clusterssl.errors import UserError
 from clusterssl.files import first_line
 from clusterssl.rendezvous import Place, find_place, nodes, open_store
@@ -78,7 +79,7 @@ def join(
     env = dict(os.environ)
     place = find_place(env)
     chosen = _device(device, place.local_rank)
-    notes: list[Note] = []
+    notes: tuple[Note, ...] = ()
     if place.size > 1 and not torch_dist.is_initialized():
         deadline = time.monotonic() + join_timeout_s
         try:
@@ -90,7 +91,7 @@ def join(
                 f"rank {place.rank} of {place.size} on {socket.gethostname()} could not join the others: "
                 f"{first_line(error)}; check that all ranks started and can reach one another"
             ) from error
-    return World(place.rank, place.size, place.local_rank, chosen, place.launcher, tuple(notes))
+    return World(place.rank, place.size, place.local_rank, chosen, place.launcher, notes)
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -105,20 +106,23 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 def _meet(
     place: Place, device: torch.device, dist_url: str, env: dict[str, str], timeout_s: float, deadline: float
-) -> list[Note]:
+) -> tuple[Note, ...]:
     """Find the others, check that all are there and fit, and make the process group."""
     meeting = open_store(place, dist_url, env, deadline)
     expected = nodes(env) if place.launcher == "srun" else []
     try:
-        notes = call_roll(meeting, place, describe(place, device), expected, deadline)
+        answer = call_roll(meeting, place, describe(place, device, meeting.host), expected, deadline)
     finally:
         meeting.close()
+    if answer.elsewhere and "GLOO_SOCKET_IFNAME" not in env and interfaces.name_is_local():
+        interface = interfaces.interface_of(interfaces.address_towards(answer.elsewhere))
+        os.environ.update({"GLOO_SOCKET_IFNAME": interface} if interface else {})
     meeting.store.set_timeout(timedelta(seconds=timeout_s))
     torch_dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=torch_dist.PrefixStore("group", meeting.store),
         rank=place.rank, world_size=place.size, timeout=timedelta(seconds=timeout_s),
     )  # fmt: skip
-    return notes
+    return answer.notes
 
 
 def leave() -> None:

@@ -128,6 +128,8 @@ class Meeting:
 
     store: torch_dist.Store
     where: str
+    host: str = "localhost"
+    """of rank 0, or of torchrun's agent"""
     greeter: socket.socket | None = None
 
     def close(self) -> None:
@@ -155,14 +157,14 @@ def open_store(place: Place, dist_url: str, env: dict[str, str], deadline: float
     if point is None:
         store, *_ = next(torch_dist.rendezvous(dist_url, place.rank, place.size, timeout=patience))
         agent = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')} (torchrun's agent)"
-        return Meeting(store, agent if dist_url == "env://" else dist_url)
+        return Meeting(store, agent, env.get("MASTER_ADDR", "")) if dist_url == "env://" else Meeting(store, dist_url)
     host, first = point
     ports = range(first, min(first + CANDIDATES, 65536))
     if place.rank == 0:
         return _receive(host, ports, token(place, env), patience)
     port, number = _find(place, host, ports, token(place, env), deadline)
     store = torch_dist.TCPStore(host, number, wait_for_workers=False, timeout=patience)
-    return Meeting(store, f"{host}:{port}")
+    return Meeting(store, f"{host}:{port}", host)
 
 
 def _receive(host: str, ports: Iterable[int], word: str, patience: timedelta) -> Meeting:
@@ -175,7 +177,7 @@ def _receive(host: str, ports: Iterable[int], word: str, patience: timedelta) ->
     )  # fmt: skip
     greeter = _bind(ports)
     threading.Thread(target=_greet, args=(greeter, word, number), daemon=True).start()
-    return Meeting(store, f"{host}:{greeter.getsockname()[1]}", greeter)
+    return Meeting(store, f"{host}:{greeter.getsockname()[1]}", host, greeter)
 
 
 def token(place: Place, env: dict[str, str]) -> str:

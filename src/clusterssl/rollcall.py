@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from clusterssl.errors import UserError
+from clusterssl.interfaces import address_towards, is_loopback
 from clusterssl.rendezvous import Meeting, Place
 
 PACKAGES = (
@@ -31,8 +33,18 @@ Note = tuple[int, str]
 """level of logging and text"""
 
 
-def describe(place: Place, device: torch.device) -> Record:
-    """What this rank reports: host, device, versions, and a hash of the code it runs."""
+@dataclass(frozen=True)
+class Answer:
+    """What the roll call brought to light."""
+
+    notes: tuple[Note, ...] = ()
+    """worth logging, in rank 0"""
+    elsewhere: str = ""
+    """address of a node other than rank 0's; empty if there is none"""
+
+
+def describe(place: Place, device: torch.device, host: str) -> Record:
+    """What this rank reports: its host and address towards rank 0's, device, versions, and a hash of its code."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -42,6 +54,7 @@ def describe(place: Place, device: torch.device) -> Record:
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "rank": place.rank, "host": socket.gethostname(), "pid": os.getpid(), "device": str(device),
+        "address": address_towards(host),
         "gpu": gpu.name if gpu else "", "uuid": str(getattr(gpu, "uuid", "")), "versions": versions, "code": code(),
     }  # fmt: skip
 
@@ -56,7 +69,7 @@ def code() -> str:
     return digest.hexdigest()[:10]
 
 
-def call_roll(meeting: Meeting, place: Place, record: Record, expected: Sequence[str], deadline: float) -> list[Note]:
+def call_roll(meeting: Meeting, place: Place, record: Record, expected: Sequence[str], deadline: float) -> Answer:
     """Wait for all ranks and agree with them whether to begin.
 
     Args:
@@ -65,9 +78,6 @@ def call_roll(meeting: Meeting, place: Place, record: Record, expected: Sequence
         record: what it reports.
         expected: hosts that should send somebody, for the message if they do not; may be empty.
         deadline: in time.monotonic().
-
-    Returns:
-        In rank 0 what is worth logging, elsewhere nothing.
 
     Raises:
         UserError: ranks are missing, came twice, run different code or share a GPU; the same line in all ranks.
@@ -80,24 +90,25 @@ def call_roll(meeting: Meeting, place: Place, record: Record, expected: Sequence
             f"{record['pid']} on {record['host']}; start each rank once, and each run at a port of its own"
         )
     if place.rank:
-        _listen(meeting, place, deadline)
-        return []
+        return Answer(elsewhere=_listen(meeting, place, deadline))
     seats = [f"seat/{rank}" for rank in range(place.size)]
     everybody = _poll(lambda: store.check(seats), deadline)
     here = [json.loads(store.get(seat)) for seat in seats if everybody or store.check([seat])]
     problem = examine(here) if everybody else absent(here, place.size, expected, meeting.where)
     said = time.time()
-    store.set("verdict", json.dumps({"problem": problem}))
+    away = [one["address"] for one in here if one["host"] != record["host"] and one["address"]]
+    elsewhere = next((address for address in away if not is_loopback(address)), "")
+    store.set("verdict", json.dumps({"problem": problem, "elsewhere": elsewhere}))
     if problem:  # the others need the store to read it
         _poll(lambda: store.add("read", 0) == len(here) - 1, time.monotonic() + 3)
         raise UserError(problem)
-    return [(logging.INFO, line) for line in mapping(here, meeting.where)] + [
-        (logging.WARNING, f"warning: {line}") for line in [*differences(here), *_clocks(meeting, here, said)]
-    ]
+    notes = [(logging.INFO, line) for line in mapping(here, meeting.where)]
+    doubts = [*differences(here), *_clocks(meeting, here, said)]
+    return Answer((*notes, *((logging.WARNING, f"warning: {line}") for line in doubts)), elsewhere)
 
 
-def _listen(meeting: Meeting, place: Place, deadline: float) -> None:
-    """Wait for what rank 0 says; it may have begun to wait later than this rank."""
+def _listen(meeting: Meeting, place: Place, deadline: float) -> str:
+    """Wait for what rank 0 says, which may have begun to wait later than this rank; an address elsewhere."""
     store = meeting.store
     if not _poll(lambda: store.check(["verdict"]), deadline + 5):
         raise UserError(
@@ -105,10 +116,11 @@ def _listen(meeting: Meeting, place: Place, deadline: float) -> None:
             "said nothing any more; its own message says why"
         )
     store.set(f"clock/{place.rank}", repr(time.time()))
-    problem = json.loads(store.get("verdict"))["problem"]
+    verdict = json.loads(store.get("verdict"))
     store.add("read", 1)
-    if problem:
-        raise UserError(problem)
+    if verdict["problem"]:
+        raise UserError(verdict["problem"])
+    return str(verdict["elsewhere"])
 
 
 def _poll(holds: Callable[[], bool], deadline: float) -> bool:

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -120,3 +120,16 @@ def test_a_cut_link_is_told_on_both_sides(cluster: Cluster, tmp_path: Path) -> N
     assert "rank 1 of 2 did not come to node1:" in here and "nobody came from node2; here are node1: rank 0" in here
     assert "rank 1 of 2 on node2 cannot join, rank 0 is missing: tried node1 (" in there
     cluster.run("scancel", job)
+
+
+@pytest.mark.slow
+def test_hosts_whose_name_leads_to_themselves(cluster: Cluster, tmp_path: Path) -> None:
+    """As Debian's installer writes /etc/hosts."""
+    with ExitStack() as stack:
+        for node in cluster.nodes:
+            hosts = tmp_path / node
+            others = [line for line in (cluster.folder / "hosts").read_text().splitlines() if not line.endswith(node)]
+            hosts.write_text("\n".join([f"127.0.1.1 {node}", *others]) + "\n")
+            stack.enter_context(mounted(cluster, node, "--bind", hosts, "/etc/hosts"))
+        shown = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", *PROBE, timeout=200)
+    assert [probe["sum"] for probe in probes(shown)] == [3, 3]

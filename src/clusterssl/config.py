@@ -15,6 +15,7 @@ import itertools
 import os
 import re
 import shlex
+import signal
 import sys
 import textwrap
 import types
@@ -26,7 +27,8 @@ from clusterssl.errors import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, UserError
 
 C = TypeVar("C")
 
-_WORDS = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
+WORDS = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
+"""of switches"""
 
 
 class Size(NamedTuple):
@@ -188,9 +190,9 @@ def _reader(kind: Any) -> tuple[Callable[[str], Any], bool, tuple[Any, ...] | No
 
 
 def _boolean(word: str) -> bool:
-    if word.lower() not in _WORDS:
+    if word.lower() not in WORDS:
         raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
-    return _WORDS[word.lower()]
+    return WORDS[word.lower()]
 
 
 def _whole_number(word: str) -> int:
@@ -271,8 +273,12 @@ def entry(main: Callable[[], None]) -> NoReturn:
     """Run an entry script's `main` and end the process with the exit code of the contract.
 
     0 done; 2 bad input (one line on stderr); 75 stopped on request, resumable; 1 (with a traceback) a defect of ours.
+    Signals that would ask a training to stop are ignored until there is one; by default they would kill.
     """
     code = 0
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_IGN)
     try:
         main()
     except UserError as error:

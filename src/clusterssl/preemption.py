@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from types import FrameType
 
 from clusterssl import dist
@@ -42,21 +43,70 @@ class StopRequest:
 
 
 def requeue(received: str) -> None:
-    """Rank 0 asks Slurm to put this job back into its queue, while the other ranks wait; nothing outside a Slurm step.
+    """Rank 0 asks Slurm to put this job back into its queue, while the other ranks wait; nothing outside a Slurm job.
 
     They wait because a rank that leaves early may make srun kill the step, and with it the request. After a Ctrl-C
     nobody wants the job back.
     """
-    wanted = dist.broadcast_object(received != "SIGINT" and "SLURM_STEP_ID" in os.environ)
+    wanted = dist.broadcast_object(received != "SIGINT" and _in_job())
     if wanted and dist.rank() == 0:
-        _ask_slurm(os.environ["SLURM_JOB_ID"])
+        try:
+            _ask()
+        except (OSError, subprocess.SubprocessError) as error:
+            said = str(getattr(error, "stderr", "") or error).strip()
+            logger.warning("Slurm did not requeue this job: %s", said)
     dist.barrier()
 
 
-def _ask_slurm(job: str) -> None:
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("Slurm did not requeue job %s: %s", job, error)
-    else:
-        logger.info("Slurm requeues job %s", job)
+def requeue_with(ask: Callable[[], None]) -> None:
+    """From now on `requeue` calls `ask` in rank 0 instead of Slurm: a launcher has its own way."""
+    global _ask
+    _ask = ask
+
+
+def _in_job() -> bool:
+    """Whether Slurm, or the launcher that `requeue_with` knows of, runs this process and not only its shell."""
+    env = os.environ
+    return _ask is not _ask_slurm or "SLURM_STEP_ID" in env or env.get("ENVIRONMENT") == "BATCH"
+
+
+def why_not_requeued() -> str:
+    """Why this Slurm job must stay as it is; empty if it may be requeued.
+
+    Slurm would requeue cancelled jobs, too. A job that met its time limit is ending like a cancelled one, but with a
+    reason; one that is preempted, or whose node failed, comes back by itself once it is ending.
+
+    Raises:
+        OSError, subprocess.SubprocessError: Slurm does not answer.
+    """
+    shown = _scontrol("--oneliner", "show", "job", _job())
+    known = dict(word.partition("=")[::2] for word in shown.split())
+    state = known.get("JobState", "unknown")
+    if known.get("BatchFlag") == "0":
+        return "it is interactive"
+    return "" if state == "RUNNING" or known.get("Reason") == "TimeLimit" else f"its state is {state}"
+
+
+def _job() -> str:
+    """This job as Slurm calls it; the plain number of an array's last task is that of the whole array, too."""
+    env = os.environ
+    if "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env["SLURM_JOB_ID"]
+
+
+def _ask_slurm() -> None:
+    refusal = why_not_requeued()
+    if refusal:
+        logger.info("job %s is not requeued: %s", _job(), refusal)
+        return
+    _scontrol("requeue", _job())
+    logger.info("Slurm requeues job %s", _job())
+
+
+def _scontrol(*words: str) -> str:
+    done = subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True, timeout=60)
+    return done.stdout
+
+
+_ask: Callable[[], None] = _ask_slurm

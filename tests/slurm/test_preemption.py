@@ -1,0 +1,108 @@
+"""Jobs that are signalled, preempted, or lose a node continue to the same weights; a cancelled one stays away."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clusterssl.files import read_checkpoint
+from tests.launch import ROOT, Launched
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import RECIPE, STEPS, TINY_JOB, go_on, log, submit
+from tests.test_recipes import flags_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights of the run that nobody disturbed, without Slurm."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = [*flags_of(RECIPE)[1], *TINY_JOB, "--dump_path", str(folder)]
+    codes, printed = Launched("main_swav.py", *flags, ranks=2).wait()
+    assert codes == [0, 0], printed
+    return read_checkpoint(folder / "checkpoint.pth.tar")["state_dict"]
+
+
+def assert_finished(cluster: Cluster, job: str, folder: Path, restarts: int, expected: dict[str, torch.Tensor]) -> None:
+    ended = cluster.wait(job, timeout=240)
+    assert (ended["ExitCode"], ended["Restarts"]) == ("0:0", str(restarts)), log(folder)
+    state = read_checkpoint(folder / "run" / "checkpoint.pth.tar")
+    assert state["step"] == STEPS
+    for name, value in expected.items():
+        assert torch.equal(state["state_dict"][name], value), name
+
+
+def restarted(cluster: Cluster, job: str, folder: Path, restarts: int) -> None:
+    """Wait until a job has been requeued that many times."""
+    cluster.wait(job, "PENDING")
+    assert cluster.wait(job, "RUNNING")["Restarts"] == str(restarts), log(folder)
+
+
+def test_survives_signals(cluster: Cluster, tmp_path: Path, expected: dict[str, torch.Tensor]) -> None:
+    """To the batch script, to one rank, to all ranks: each time all stop at one step and go on from there."""
+    job = submit(cluster, tmp_path, *TINY_JOB)
+    stopped = []
+    for number, send in enumerate(
+        (
+            lambda: cluster.run("scancel", "--batch", "--signal=USR1", job),
+            lambda: cluster.on("node2", "kill", f"-{signal.SIGUSR2:d}", only_rank(cluster, "node2")),
+            lambda: cluster.run("scancel", "--signal=TERM", job),
+        ),
+        start=1,
+    ):
+        go_on(tmp_path)
+        send()
+        restarted(cluster, job, tmp_path, number)
+        stopped.append(read_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["step"])
+    assert_finished(cluster, job, tmp_path, 3, expected)
+    for step in stopped:
+        assert f"resuming at epoch {step // 6}, step {step % 6} of 6" in log(tmp_path)
+
+
+def only_rank(cluster: Cluster, node: str) -> str:
+    """Process number of the training on a node where srun itself does not run."""
+    (number,) = cluster.on(node, "pgrep", "-f", "slowly.py main_swav.py").split()
+    return number
+
+
+def test_survives_an_urgent_job_and_a_failed_node(
+    cluster: Cluster, tmp_path: Path, expected: dict[str, torch.Tensor]
+) -> None:
+    job = submit(cluster, tmp_path, *TINY_JOB, options=("--exclusive",))
+    go_on(tmp_path)
+    urgent = cluster.submit("--nodes=2", "--exclusive", "--partition=urgent", "--wrap", "true", cwd=tmp_path)
+    cluster.wait(job, "PENDING")
+    assert "stopped by SIGUSR1" in log(tmp_path)
+    cluster.wait(urgent, "COMPLETED")
+    go_on(tmp_path)
+    cluster.fail("node2")
+    cluster.wait(job, "PENDING")
+    cluster.heal("node2")
+    assert_finished(cluster, job, tmp_path, 2, expected)
+
+
+def test_a_cancelled_job_stays_away(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, *TINY_JOB, "--epochs", "4000")
+    go_on(tmp_path)
+    cluster.run("scancel", job)
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+    assert "stopped by SIGTERM" in log(tmp_path) and "not requeued: its state is" in log(tmp_path)
+
+
+def test_the_last_task_of_an_array_requeues_itself_only(cluster: Cluster, tmp_path: Path) -> None:
+    """Its job number is that of the whole array."""
+    script = tmp_path / "array.sh"
+    script.write_text(
+        "#!/bin/bash\n#SBATCH --array=0-1 --requeue\n"
+        f"exec srun {sys.executable} {ROOT}/tests/slurm/requeue_once.py $SLURM_ARRAY_TASK_ID\n"
+    )
+    job = cluster.submit(script, cwd=tmp_path)
+    for task in (0, 1):
+        cluster.wait(f"{job}_{task}")
+    assert [cluster.job(f"{job}_{task}")["Restarts"] for task in (0, 1)] == ["0", "1"]

@@ -7,17 +7,14 @@ Caron et al. 2020, https://arxiv.org/abs/2006.09882, section 5.1 and appendix D
     torchrun --nproc_per_node=8 main_deepclusterv2.py --data_path /imagenet/train    # one node
     sbatch scripts/deepclusterv2_400ep_pretrain.sh                                   # many nodes
 
-Shape suffixes: B images, V views, A assigned views, N = V * B rows, M slots of the memory, D feature dimension,
-H heads, K prototypes of a head.
+Shape suffixes: M slots of the memory, D feature dimension.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
@@ -26,14 +23,10 @@ from torch import Tensor, nn
 
 from clusterssl import config as cfg
 from clusterssl import options
-from clusterssl.checkpoint import bare
 from clusterssl.cluster.kmeans import KMeansOptions, spherical_kmeans
-from clusterssl.cluster.memory import MemoryBank
-from clusterssl.cluster.offline import OfflineLabels, multi_head_cross_entropy
 from clusterssl.engine import fit
 from clusterssl.feed import Feed
-from clusterssl.method import Method
-from clusterssl.monitor import Observation
+from clusterssl.offline_method import OfflineMethod
 from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, num_views
 from clusterssl.pretrain import assemble, join, or_digits, prototype_net
 
@@ -77,67 +70,31 @@ DIGITS = Config(
 )  # fmt: skip
 
 
-class DeepClusterV2(Method):
+class DeepClusterV2(OfflineMethod):
     """Prototypes and labels come from k-means on a memory of embeddings; the network learns to predict the labels."""
 
     remedies = "Try a lower --base_lr, another --nmb_prototypes or softer augmentation (--color_jitter)"
 
     def __init__(self, model: nn.Module, config: Config, feed: Feed) -> None:
-        o = self.options = config.deepclusterv2
-        self.model, self.net, self.feed, self.kmeans = model, bare(model), feed, config.kmeans
-        self.views, self.assigned = num_views(config.data), list(o.crops_for_assign)
-        images, most = feed.steps_per_epoch * feed.global_batch, max(o.nmb_prototypes)
-        cfg.require(most <= images, f"--nmb_prototypes {most}: there are only {images} images in an epoch to cluster")
-        dim = self.net.prototype_layers()[0].in_features
-        memory = MemoryBank(len(self.assigned), feed.steps_per_epoch, feed.step_images, dim, feed.device)
-        self.labels = OfflineLabels(len(o.nmb_prototypes), feed.num_images, memory)
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Assignment phase: cluster the embeddings that the last epoch left behind; before the first, compute them."""
-        if not self.labels.memory.filled:
-            self.model.train()
-            self.labels.memory.fill(self.embed, self.feed.augmented(0))
-        self.labels.renew(partial(self.cluster, epoch))
+        o, self.kmeans, views = config.deepclusterv2, config.kmeans, num_views(config.data)
+        self.frozen_steps = o.freeze_prototypes_niters
+        super().__init__(model, feed, views=views, crops_for_assign=o.crops_for_assign, temperature=o.temperature)
 
     @torch.no_grad()
-    def embed(self, crops: list[Tensor]) -> Tensor:
-        """Embeddings [A, B, D] of the assigned crops, each of which is a batch of its own."""
-        with self.feed.autocast():
-            return torch.stack([self.net([crops[a]])[0] for a in self.assigned])
-
-    @torch.no_grad()
-    def cluster(self, epoch: int, head: int, z_MD: Tensor) -> Tensor:
+    def assign(self, epoch: int, head: int, z_MD: Tensor) -> Tensor:
         """Spherical k-means for one head: its centroids become the prototypes, the labels [M] are returned."""
-        layer, heads = self.net.prototype_layers()[head], len(self.options.nmb_prototypes)
+        layers = self.net.prototype_layers()
         found = spherical_kmeans(
-            z_MD, layer.out_features, self.kmeans, seed=self.feed.seed, draw=epoch * heads + head,
+            z_MD, layers[head].out_features, self.kmeans, seed=self.feed.seed, draw=epoch * len(layers) + head,
             ids_N=self.labels.memory.slots(),
         )  # fmt: skip
-        layer.weight.copy_(found.centroids_KD)
+        layers[head].weight.copy_(found.centroids_KD)
         return found.labels_N
 
-    def loss(self, crops: list[Tensor], index: Tensor) -> Tensor:
-        """Cross-entropy of all crops with the labels of their images; the embeddings replace those in the memory."""
-        z_ND, scores_HNK = self.model(crops)
-        z_ABD = self.of_assigned(z_ND.detach())
-        self.labels.memory.write(z_ABD, index)
-        self.seen = Observation(z_ABD.flatten(0, 1), self.of_assigned(scores_HNK[0].detach()).flatten(0, 1), None)
-        return multi_head_cross_entropy(scores_HNK, self.labels.of(index), self.options.temperature)
-
-    def of_assigned(self, rows_NX: Tensor) -> Tensor:
-        """Rows of the assigned views, [A, B, X]."""
-        return rows_NX.unflatten(0, (self.views, -1))[self.assigned]
-
     def before_step(self, step: int) -> None:
-        if step < self.options.freeze_prototypes_niters:
+        if step < self.frozen_steps:
             for layer in self.net.prototype_layers():
                 layer.weight.grad = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.labels.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.labels.load_state_dict(state)
 
 
 def main() -> None:

@@ -7,7 +7,8 @@
 #   DATASET_PATH=/imagenet/train EXPERIMENT_PATH=/runs/mine sbatch scripts/deepcluster_alexnet.sh
 set -eu
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-12}"
-exec srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -u main_deepcluster.py \
+# Until training begins the signal is ignored: it must not kill a process that is still starting up.
+exec srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' - "${PYTHON:-.venv/bin/python}" -u main_deepcluster.py \
     --data_path "${DATASET_PATH:?set it to the folder of training images}" \
     --dump_path "${EXPERIMENT_PATH:?set it to the run directory}" \
-    --arch alexnet --sobel --nmb_cluster 10000 --base_lr 0.05 --wd 1e-5 --workers 12
+    --arch alexnet --sobel --nmb_cluster 10000 --base_lr 0.05 --wd 1e-5 --workers 12 "$@"

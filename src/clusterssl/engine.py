@@ -18,7 +18,7 @@ from clusterssl.data import Batch
 from clusterssl.dist import World
 from clusterssl.errors import Stopped, UserError
 from clusterssl.feed import Feed
-from clusterssl.method import Method
+from clusterssl.method import Crops, Method
 from clusterssl.monitor import Monitor
 from clusterssl.preemption import StopRequest, requeue
 from clusterssl.progress import Progress
@@ -132,12 +132,12 @@ class _Training:
         rate = parts.schedule.learning_rate(self.step)
         for group in parts.optimizer.param_groups:
             group["lr"] = rate
-        self.seed()
         if len(batches) > 1:
             with self.feed.autocast():
-                parts.method.begin_step((self.feed.crops(batch), self.index(batch)) for batch in batches)
+                parts.method.begin_step(self.shown(batches))
         step_loss = self.loss.new_zeros(())
         for number, batch in enumerate(batches):
+            self.seed(number)
             with self.no_sync(number < len(batches) - 1):
                 with self.feed.autocast():
                     loss = parts.method.loss(self.feed.crops(batch), self.index(batch)) / len(batches)
@@ -150,13 +150,20 @@ class _Training:
         parts.optimizer.zero_grad(set_to_none=True)
         self.keep_count(step_loss)
 
+    def shown(self, batches: list[Batch]) -> Iterator[tuple[Crops, Tensor]]:
+        """The micro-batches of a step ahead of their losses, with the dropout masks that they will meet there."""
+        for number, batch in enumerate(batches):
+            self.seed(number)
+            yield self.feed.crops(batch), self.index(batch)
+
     def index(self, batch: Batch) -> Tensor:
         """Dataset positions of a batch, on the device."""
         return batch.index.to(self.parts.world.device, non_blocking=True)
 
-    def seed(self) -> None:
-        """Make what torch draws from here on depend on the step alone, so that a resumed run repeats it."""
-        torch.manual_seed(self.parts.schedule.seed * 1_000_003 + self.step)
+    def seed(self, micro_batch: int = 0) -> None:
+        """Make what torch draws from here on depend on step, micro-batch and rank, so that a resumed run repeats it."""
+        place = (self.parts.schedule.seed * 1_000_003 + self.step) * 2**10 + micro_batch
+        torch.manual_seed((place * 2**16 + self.parts.world.rank) % 2**63)
 
     def batches(self, epoch: int, start: int) -> Iterator[list[Batch]]:
         """Steps of an epoch; a rank that cannot load goes on with old images until all ranks have agreed to stop."""

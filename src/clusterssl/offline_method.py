@@ -30,6 +30,9 @@ _FIRST_PASS = 10**6
 class OfflineMethod(Method):
     """Cross-entropy of all crops with labels that the start of the epoch gave; `assign` says how."""
 
+    frozen_steps: int = 0
+    """first steps in which the prototypes do not learn"""
+
     def __init__(
         self, model: nn.Module, feed: Feed, *, views: int, crops_for_assign: Sequence[int], temperature: float
     ) -> None:
@@ -77,7 +80,16 @@ class OfflineMethod(Method):
         z_ABD = self.of_assigned(z_ND.detach())
         self.labels.memory.write(z_ABD, index)
         self.seen = Observation(z_ABD.flatten(0, 1), self.of_assigned(scores_HNK[0].detach()).flatten(0, 1), None)
+        return self.cross_entropy(scores_HNK, index)
+
+    def cross_entropy(self, scores_HNK: Sequence[Tensor], index: Tensor) -> Tensor:
+        """Of all heads, with the labels of the images at these dataset positions."""
         return multi_head_cross_entropy(scores_HNK, self.labels.of(index), self.temperature)
+
+    def before_step(self, step: int) -> None:
+        if step < self.frozen_steps:
+            for layer in self.net.prototype_layers():
+                layer.weight.grad = None
 
     def of_assigned(self, rows_NX: Tensor) -> Tensor:
         """Rows of the assigned views, [A, B, X]."""

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clusterssl.cluster.rounds import Round
-from clusterssl.files import atomic_write
+from clusterssl.errors import UserError
+from clusterssl.files import atomic_write, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +42,17 @@ def record_round(folder: Path, epoch: int, found: Round, before_N: Tensor, class
     Returns:
         The file: arrays labels (int32), nmi_before, nmi_classes (NaN where there is nothing to compare) and loss.
 
-    Raises:
-        UserError: it could not be written.
+    A file that cannot be written is warned of: no run ends for a record, and only one rank is here.
     """
     labels_N, loss = found.labels_N.cpu().numpy(), found.loss
     nmi_before, nmi_classes = (agreement(labels_N, other_N.cpu().numpy()) for other_N in (before_N, classes_N))
     path = folder / "clusters" / f"epoch{epoch:04}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"labels": labels_N, "nmi_before": nmi_before, "nmi_classes": nmi_classes, "loss": loss}
-    atomic_write(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+    except (OSError, UserError) as error:
+        logger.warning("%s: %s", path, first_line(error))
     sizes = np.bincount(labels_N)
     compared = {"the round before": nmi_before, "the classes": nmi_classes}
     shown = "".join(f", NMI with {name} {nmi:.3f}" for name, nmi in compared.items() if nmi == nmi)

@@ -1,0 +1,198 @@
+"""Six methods on small images: one backbone, the same images seen, the same evaluations; and what each costs.
+
+    python bench/methods.py --data_path cifar10 --out bench/results/methods_cifar10-mine.json
+    python bench/methods.py --data_path digits --out bench/results/methods_digits-mine.json
+
+On CIFAR-10 every method trains on the first 1,000 images of each class for the same number of epochs, with settings of
+its own but the same network, crop size and batch; on the digits it runs as it does without any flag. Then, on the test
+images: k-NN (k = 20) against the training images, a linear probe on frozen features, and the agreement (NMI, ARI) of
+the clusters that the method itself predicts with the classes. Images a second count everything from start to end, also
+passes that only assign; memory is the process's peak. "Untrained" is, by each measure, the better of the network as
+initialised and with its BatchNorm statistics set on the training images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+from record import write_result
+
+from clusterssl import config as cfg
+from clusterssl.data import eval_batches, open_source
+from clusterssl.errors import UserError
+from clusterssl.evals.clustering import agreement
+from clusterssl.evals.features import calibrate_batchnorm
+from clusterssl.models.build import build_model
+from clusterssl.models.weights import model_from_weights, published_state_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE, K = (32, 32), 20
+COMMON = "--arch conv4 --size_crops 32 --optimizer adamw --batch_size 256 --workers 0 --device cpu"
+VIEWS = "--nmb_crops 2 --min_scale_crops 0.4 --max_scale_crops 1 --color_jitter 0.3 --blur_p 0"
+HEAD = "--hidden_mlp 256 --feat_dim 64 --warmup_epochs 1 --base_lr 3e-3"
+METHODS: dict[str, tuple[str, str]] = {
+    "SwAV": ("main_swav.py", f"{VIEWS} {HEAD} --nmb_prototypes 100 --epsilon 0.03 --freeze_prototypes_niters 0"),
+    "DeepCluster-v2": ("main_deepclusterv2.py", f"{VIEWS} {HEAD} --nmb_prototypes 100 100 100"),
+    "SeLa-v2": ("main_sela.py", f"{VIEWS} {HEAD} --nmb_prototypes 100 100 100 --freeze_prototypes_niters 0"),
+    "DeepCluster": ("main_deepcluster.py", "--nmb_cluster 100 --base_lr 3e-3"),
+    "SeLa": ("main_sela.py", "--version 1 --ncl 100 --hc 3 --base_lr 3e-3"),
+    "Self-Classifier": (
+        "main_selfclassifier.py",
+        f"{VIEWS} {HEAD} --solarize_p 0 --cls_size 50 100 200 --queue_len 8192",
+    ),
+}
+"""name -> script and its flags besides those that all share"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Comparison."""
+
+    data_path: str = "cifar10"
+    """folder with train/ and val/ of CIFAR-10 images, or digits"""
+    methods: tuple[str, ...] = tuple(METHODS)
+    epochs: int = 15
+    """on CIFAR-10"""
+    seeds: tuple[int, ...] = (3001, 3002, 3003)
+    """never used for tuning"""
+    per_class: int = 1000
+    """training images of each class"""
+    folder: str = "runs/bench_methods"
+    """where the runs are kept; finished ones are used again"""
+    out: str = "bench/results/methods.json"
+
+
+def data_of(options: Options) -> str:
+    """The digits, or a folder of links to the training images in use and to all test images."""
+    if options.data_path == "digits":
+        return "digits"
+    folder, whole = Path(options.folder) / "data", Path(options.data_path).absolute()
+    for kind in sorted(path for path in (whole / "train").iterdir() if path.is_dir()):
+        place = folder / "train" / kind.name
+        if not place.exists():
+            place.mkdir(parents=True)
+            for image in sorted(kind.iterdir())[: options.per_class]:
+                (place / image.name).symlink_to(image)
+    if not (folder / "val").exists():
+        (folder / "val").symlink_to(whole / "val")
+    return str(folder)
+
+
+def test_split(options: Options) -> str:
+    """Name of the images that are scored."""
+    return "test" if options.data_path == "digits" else "val"
+
+
+def words_of(name: str, seed: int, options: Options) -> list[str]:
+    """Command line of one training."""
+    script, flags = METHODS[name]
+    words = [script, "--seed", str(seed), "--dump_path", str(Path(options.folder) / f"{name}-{seed}")]
+    if options.data_path == "digits":
+        return [*words, *(["--version", "1"] if name == "SeLa" else [])]
+    words += ["--data_path", f"{data_of(options)}/train", "--epochs", str(options.epochs)]
+    return [*words, *COMMON.split(), *flags.split()]
+
+
+def train(name: str, seed: int, options: Options) -> tuple[Path, dict[str, float]]:
+    """Run a method; returns its checkpoint, images per second and peak memory in MiB."""
+    folder = Path(options.folder) / f"{name}-{seed}"
+    costs = folder / "costs.json"
+    if not costs.exists():
+        began = time.monotonic()
+        script, *words = words_of(name, seed, options)
+        process = subprocess.Popen([sys.executable, str(ROOT / script), *words])
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise UserError(f"{name} with seed {seed} ended with exit code {process.returncode}; see above")
+        seconds = time.monotonic() - began
+        run = json.loads((folder / "run.json").read_text())
+        images = run["config"]["epochs"] * run["facts"]["num_images"]
+        found = {"seconds": seconds, "images_per_s": images / seconds, "memory_mib": used.ru_maxrss / 1024}
+        costs.write_text(json.dumps(found))
+    return folder / "checkpoint.pth.tar", json.loads(costs.read_text())
+
+
+def untrained(seed: int, options: Options) -> list[Path]:
+    """The network before training: as initialised, and with calibrated BatchNorm."""
+    paths = []
+    source = open_source(data_of(options), split="train")
+    for calibrated in (False, True):
+        torch.manual_seed(seed)
+        model = build_model("conv4", "small", 256, 64, 100)
+        if calibrated:
+            calibrate_batchnorm(
+                model.backbone, (batch.images for batch in eval_batches(source, image_size=SIZE, batch_size=500))
+            )
+        paths.append(Path(options.folder) / f"untrained-{seed}-{calibrated}" / "network.pth")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        about = {"arch": "conv4", "stem": "small", "size_crops": [list(SIZE)], **model.record()}
+        torch.save({"state_dict": published_state_dict(model), "model": about}, paths[-1])
+    return paths
+
+
+def accuracies(path: Path, options: Options) -> dict[str, float]:
+    """k-NN and linear accuracy by our evaluation scripts, in percent."""
+    found = {}
+    for name, script, more in (
+        ("knn", "eval_knn", ["--nb_knn", str(K)]),
+        ("linear", "eval_linear", ["--epochs", "20"]),
+    ):
+        command = [sys.executable, str(ROOT / f"{script}.py"), "--data_path", data_of(options), "--device", "cpu"]
+        command += ["--pretrained", str(path), "--dump_path", str(path.parent / script), "--workers", "0", *more]
+        command += ["--val_split", test_split(options)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        records = (path.parent / script / "evaluations.jsonl").read_text().splitlines()
+        found[name] = float(json.loads(records[-1])["top1"])
+    return found
+
+
+@torch.no_grad()
+def clusters(path: Path, options: Options) -> dict[str, float]:
+    """NMI and ARI of the clusters that the network itself predicts for the test images, in percent."""
+    model, source = model_from_weights(str(path)).eval(), open_source(data_of(options), split=test_split(options))
+    batches = eval_batches(source, image_size=SIZE, resize=SIZE[0], batch_size=500)
+    scores = agreement(torch.cat([model.predict(batch.images) for batch in batches]), source.labels)
+    return {"nmi": scores["nmi"], "ari": scores["ari"]}
+
+
+def main() -> None:
+    options = cfg.parse(Options, description=__doc__)
+    unknown = set(options.methods) - set(METHODS)
+    cfg.require(not unknown, f"--methods {' '.join(sorted(unknown))}: unknown; there are {', '.join(METHODS)}")
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("Untrained", *options.methods)}
+    for seed in options.seeds:
+        before = [accuracies(path, options) for path in untrained(seed, options)]
+        rows["Untrained"].append({key: max(one[key] for one in before) for key in before[0]})
+        for name in options.methods:
+            path, costs = train(name, seed, options)
+            rows[name].append({**accuracies(path, options), **clusters(path, options), **costs})
+            print(seed, name, {key: round(value, 2) for key, value in rows[name][-1].items()}, flush=True)
+        report(options, rows)
+
+
+def report(options: Options, rows: dict[str, list[dict[str, float]]]) -> None:
+    """Print the table of means as Markdown and write it down with the single seeds."""
+    columns = ("knn", "linear", "nmi", "ari", "images_per_s", "memory_mib", "seconds")
+    means = {name: {key: mean(one[key] for one in found) for key in found[0]} for name, found in rows.items() if found}
+    print("\n| method | k-NN | linear | NMI | ARI | images/s | peak MiB | seconds |\n|---|---|---|---|---|---|---|---|")
+    for name, found in means.items():
+        shown = [f"{found[key]:.{0 if key in columns[4:] else 1}f}" if key in found else "" for key in columns]
+        print(f"| {name} | {' | '.join(shown)} |")
+    commands = {name: shlex.join(["python", *words_of(name, options.seeds[0], options)]) for name in options.methods}
+    write_result(Path(options.out), {"commands": commands, "means": means, "seeds": rows})
+
+
+if __name__ == "__main__":
+    cfg.entry(main)

@@ -9,13 +9,13 @@ version 1 of Asano et al. 2020, https://arxiv.org/abs/1911.05371, in src/cluster
     torchrun --nproc_per_node=8 main_sela.py --data_path /imagenet/train    # one node
     sbatch scripts/selav2_400ep_pretrain.sh                                 # many nodes
 
-Shape suffixes: B images, V views, A assigned views, N = V * B rows, M slots of the memory, D feature dimension,
-H heads, K prototypes of a head.
+Shape suffixes: N rows of all views, M slots of the memory, D feature dimension, H heads, K prototypes of a head.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from clusterssl import config as cfg
 from clusterssl import options, sela_flags
-from clusterssl.cluster.transport import TransportOptions, transport
+from clusterssl.cluster.transport import TransportOptions
+from clusterssl.cluster.transport_labels import TransportLabels
 from clusterssl.engine import fit
 from clusterssl.feed import Feed
 from clusterssl.offline_method import OfflineMethod
@@ -48,6 +49,8 @@ class SeLaV2Options:
     """clusters of each head; every one has a prototype layer of its own"""
     epsilon: float = 0.05
     """smoothness of the assignment, temperature / lambda in the words of version 1, whose lambda is 25"""
+    label_clusters: int = 1
+    """clusters over which an image's label is spread: 1 is a hard label, more keep so many of the plan's entries"""
     freeze_prototypes_niters: int = 313
     """first steps in which the prototypes stay as they are"""
 
@@ -71,7 +74,9 @@ class Config:
         cfg.require(crops <= heads, f"{misfit}; name at most {heads}")
         for name in ("temperature", "epsilon"):
             cfg.require(getattr(o, name) > 0, f"--{name} {getattr(o, name)}: must be positive")
-        cfg.require(min(o.nmb_prototypes) > 1, "--nmb_prototypes: must be at least 2 each")
+        kept, least = o.label_clusters, min(o.nmb_prototypes)
+        cfg.require(least > 1, "--nmb_prototypes: must be at least 2 each")
+        cfg.require(1 <= kept <= least, f"--label_clusters {kept}: must lie between 1 and the {least} prototypes")
 
 
 DIGITS = Config(
@@ -89,39 +94,37 @@ class SeLaV2(OfflineMethod):
     )
 
     def __init__(self, model: nn.Module, config: Config, feed: Feed) -> None:
-        o, self.transport = config.selav2, config.transport
-        self.sharpness, self.frozen_steps = 1 / o.epsilon, o.freeze_prototypes_niters
-        views = num_views(config.data)
+        o, views = config.selav2, num_views(config.data)
         super().__init__(model, feed, views=views, crops_for_assign=o.crops_for_assign, temperature=o.temperature)
-        self.potentials = [torch.zeros(clusters, dtype=torch.float64) for clusters in o.nmb_prototypes]
+        self.frozen_steps = o.freeze_prototypes_niters
+        self.transport = TransportLabels(
+            o.nmb_prototypes, feed.num_images, sharpness=1 / o.epsilon, options=config.transport,
+            kept=o.label_clusters, device=feed.device,
+        )  # fmt: skip
 
     @torch.no_grad()
     def assign(self, epoch: int, head: int, z_MD: Tensor) -> Tensor:
         """Labels [M] of largest likelihood among those of equal frequency."""
         self.net.normalize_prototypes()
-        plan = transport(
-            z_MD, self.net.prototype_layers()[head].weight, sharpness=self.sharpness, options=self.transport,
-            start_K=self.potentials[head], name=f"epoch {epoch}, head {head}",
-        )  # fmt: skip
-        self.potentials[head] = plan.potentials_K
-        return plan.labels_N
+        weight_KD, index_M = self.net.prototype_layers()[head].weight, self.labels.memory.index_M
+        return self.transport.assign(head, z_MD, weight_KD, index_M, f"epoch {epoch}, head {head}")
 
     def loss(self, crops: list[Tensor], index: Tensor) -> Tensor:
         """As of all methods with fixed labels, with prototypes of unit length."""
         self.net.normalize_prototypes()
         return super().loss(crops, index)
 
-    def before_step(self, step: int) -> None:
-        if step < self.frozen_steps:
-            for layer in self.net.prototype_layers():
-                layer.weight.grad = None
+    def cross_entropy(self, scores_HNK: Sequence[Tensor], index: Tensor) -> Tensor:
+        if self.transport.kept == 1:
+            return super().cross_entropy(scores_HNK, index)
+        return self.transport.cross_entropy(scores_HNK, index, self.temperature)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "potentials": self.potentials}
+        return {**super().state_dict(), **self.transport.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.potentials = list(state["potentials"])
+        self.transport.load_state_dict(state)
 
 
 def main_version_1(words: list[str]) -> None:

@@ -237,7 +237,7 @@ def test_prototypes_have_unit_length_and_are_trained_after_the_frozen_steps() ->
     assert (table[:, method.labels.memory.index_M] != IGNORED).all() and (table == IGNORED).sum() == 2 * len(KS)
     layer, z_MD = method.net.prototype_layers()[2], method.labels.memory.embeddings_AMD[0]
     assert method.assigned == [0, 1] and torch.bincount(method.assign(0, 2, z_MD)).tolist() != [24, 0, 0]
-    plan = torch.softmax(20 * z_MD.double() @ layer.weight.T + method.potentials[2], 1)
+    plan = torch.softmax(20 * z_MD.double() @ layer.weight.T + method.transport.potentials[2], 1)
     torch.testing.assert_close(plan.sum(0), torch.full((3,), 8.0).double(), rtol=0.01, atol=0)
 
 
@@ -264,6 +264,7 @@ def test_the_first_twenty_losses_are_as_recorded(name: str) -> None:
 COMMON = ["--data_path", "synthetic:100:24x24", "--batch_size"]
 FLAGS = {
     "2": [*TINY, "--nmb_prototypes", "12", "9", "5", *COMMON],
+    "2 soft": [*TINY, "--nmb_prototypes", "12", "9", "5", "--label_clusters", "3", *COMMON],
     "1": ["--version", "1", "--size_crops", "16", "--arch", "conv4w4", "--hc", "2", "--ncl", "6", "--nopts", "7",
           "--base_lr", "0.1", "--epochs", "4", "--workers", "0", "--log_freq", "1", "--device", "cpu", *COMMON],
 }  # fmt: skip
@@ -287,7 +288,7 @@ def ended(folder: Path) -> dict[str, Tensor]:
     return {**state["state_dict"], **potentials, "labels": method["labels"]}
 
 
-@pytest.mark.parametrize(("version", "ranks"), [("1", 1), ("1", 2), ("2", 1), ("2", 2)])
+@pytest.mark.parametrize(("version", "ranks"), [("1", 1), ("1", 2), ("2 soft", 1), ("2", 2)])
 def test_killed_at_random_steps_ends_with_the_same_weights(version: str, ranks: int, tmp_path: Path) -> None:
     finish(version, tmp_path / "whole", ranks)
     seed = int.from_bytes(os.urandom(4), "big")

@@ -178,6 +178,19 @@ class Kernel:
         return labels_N
 
     @torch.no_grad()
+    def largest(self, potentials_K: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+        """The largest entries of each row of the plan: clusters int64 [N, J], and weights [N, J] that sum to 1."""
+        clusters_NJ = torch.empty(len(self.features_ND), kept, dtype=torch.int64, device=self.device)
+        weights_NJ = self._empty(len(self.features_ND), kept)
+
+        def keep(span: slice, room_nK: Tensor) -> None:
+            top_nJ, clusters_NJ[span] = self._exponents(span, potentials_K, room_nK).topk(kept)
+            weights_NJ[span] = top_nJ.softmax(1)
+
+        self._on_blocks(keep)
+        return clusters_NJ, weights_NJ
+
+    @torch.no_grad()
     def second_best(self, potentials_K: Tensor, labels_N: Tensor, allowed_K: Tensor) -> tuple[Tensor, Tensor]:
         """Best of the allowed clusters for each row, int64 [N], and how far its exponent is below that of the label."""
         others_N, losses_N = torch.empty_like(labels_N), self._empty(len(labels_N))

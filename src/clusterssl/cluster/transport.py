@@ -8,7 +8,8 @@ exp(z c / epsilon). Factors of rows cancel, so both are exp(sharpness * logits),
 The plan is found by a quasi-Newton method (`potentials`) in float32, over blocks of the kernel (`kernel`): N x K
 numbers are never held, and any number of ranks gives what one rank gives. The published iteration is kept as a choice.
 
-Shape suffixes: N images of this rank, n images of a block, D features, K clusters, H heads.
+Shape suffixes: N images of this rank, n images of a block, D features, K clusters, H heads, J entries of a
+row.
 """
 
 from __future__ import annotations
@@ -95,6 +96,10 @@ class Plan(NamedTuple):
     """largest deviation of a cluster from N / K in the plan, as a fraction of N / K; nan with the published rule"""
     converged: bool
     """whether the tolerance was met"""
+    clusters_NJ: Tensor
+    """with the `kept` largest entries of each row of the plan, int64"""
+    weights_NJ: Tensor
+    """those entries, divided by their sum"""
 
 
 @torch.no_grad()
@@ -107,6 +112,7 @@ def transport(
     options: TransportOptions | None = None,
     start_K: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    kept: int = 0,
     name: str = "optimal transport",
 ) -> Plan:
     """Label this rank's images so that the images of all ranks fall into K equal clusters; a collective call.
@@ -120,6 +126,7 @@ def transport(
         options: the flags.
         start_K: potentials to begin with, such as those of the labels before; the plan does not depend on them.
         dtype: of the kernel; None: float32, float64 for small problems and for the published rule.
+        kept: J, entries of each row of the plan to return beside the labels; at most K.
         name: for the log.
 
     Raises:
@@ -143,7 +150,8 @@ def transport(
     labels_N = kernel.labels(found.potentials_K)
     if options.equal_labels:
         labels_N = equal_sizes(kernel, found.potentials_K, labels_N)
-    plan = Plan(labels_N, found.potentials_K, kernel.passes, iterations, found.error, found.imbalance, converged)
+    soft = kernel.largest(found.potentials_K, kept)
+    plan = Plan(labels_N, found.potentials_K, kernel.passes, iterations, found.error, found.imbalance, converged, *soft)
     _tell(kernel, plan, options, name, time.monotonic() - began)
     return plan
 

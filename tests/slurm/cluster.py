@@ -173,7 +173,7 @@ class Cluster:
         shown = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
 
-    def wait(self, number: str, *states: str, timeout: float = 120) -> dict[str, str]:
+    def wait(self, number: str, *states: str, timeout: float = 300) -> dict[str, str]:
         """The job as soon as it is in one of these states; without any, as soon as it has ended."""
         wanted = set(states) or ENDED
         until(

@@ -45,5 +45,5 @@ def last_step(folder: Path) -> int:
 def go_on(folder: Path, steps: int = 5) -> int:
     """Wait until the run is some steps further than now; returns the step."""
     begin = last_step(folder)
-    until(lambda: last_step(folder) >= begin + steps, 120, lambda: f"no step after {begin}:\n{log(folder)}")
+    until(lambda: last_step(folder) >= begin + steps, 300, lambda: f"no step after {begin}:\n{log(folder)}")
     return last_step(folder)

@@ -29,7 +29,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
 
 
 def assert_finished(cluster: Cluster, job: str, folder: Path, restarts: int, expected: dict[str, torch.Tensor]) -> None:
-    ended = cluster.wait(job, timeout=240)
+    ended = cluster.wait(job)
     assert (ended["ExitCode"], ended["Restarts"]) == ("0:0", str(restarts)), log(folder)
     state = read_checkpoint(folder / "run" / "checkpoint.pth.tar")
     assert state["step"] == STEPS

@@ -71,9 +71,15 @@ def read_run(path: Path) -> RunRecord:
         about=about,
         steps=[steps[step] for step in sorted(steps)],
         epochs=[ended[epoch] for epoch in sorted(ended)],
-        evaluations=[record for record in [*read_lines(path / "evaluations.jsonl"), *records] if "eval" in record],
+        evaluations=[record for record in [*_evaluations(path), *records] if "eval" in record],
         launches=read_lines(path / "launches.jsonl"),
     )
+
+
+def _evaluations(path: Path) -> list[dict[str, Any]]:
+    """What was written into the run directory itself and into folders of evaluations below it."""
+    files = [path / "evaluations.jsonl", *sorted(path.glob("*/evaluations.jsonl"))]
+    return [record for file in files for record in read_lines(file)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class GlobalRows:
             raise UserError(f"k-means: {broken} of {self.total} features are not finite; training has diverged")
         if unit and off:
             raise UserError(
-                f"k-means: {off} of {self.total} features are not of unit length; spherical k-means needs that, scale them"
+                f"k-means: {off} of {self.total} features are not of unit length, which spherical k-means needs; "
+                "scale them"
             )
 
     def draw_keys(self, seed: int, draw: int) -> NDArray[np.float64]:

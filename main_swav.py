@@ -101,8 +101,7 @@ class SwAV(Method):
         self.views, self.assigned = num_views(config.data), list(o.crops_for_assign)
         self.assigner = OnlineAssigner(config.assignment, len(self.assigned), feed.step_images)
         self.frozen_steps = max(o.freeze_prototypes_niters, o.freeze_prototypes_epochs * feed.steps_per_epoch)
-        self.planned: list[Tensor] = []
-        self.remedies = REMEDIES
+        self.planned, self.remedies = list[Tensor](), REMEDIES
 
     def begin_epoch(self, epoch: int) -> None:
         self.assigner.begin_epoch(epoch, self.prototypes.weight)
@@ -122,7 +121,8 @@ class SwAV(Method):
         z_ND, scores_NK = self.model(crops)
         z_ABD = self.of_assigned(z_ND.detach())
         q_ABK = self.planned.pop(0) if self.planned else self.assigner.assign(z_ABD, self.prototypes.weight)
-        self.seen = Observation(*(x.flatten(0, 1) for x in (z_ABD, self.of_assigned(scores_NK.detach()), q_ABK)))
+        z_ND, seen_NK, q_NK = (x.flatten(0, 1) for x in (z_ABD, self.of_assigned(scores_NK.detach()), q_ABK))
+        self.seen = Observation(z_ND, seen_NK, q_NK)
         return swapped_prediction(scores_NK, q_ABK, self.assigned, self.options.temperature)
 
     def of_assigned(self, rows_NX: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 
 from clusterssl.files import read_checkpoint
 from tests.launch import ROOT, Launched
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import RECIPE, STEPS, TINY_JOB, go_on, log, submit
+from tests.slurm.cluster import Cluster, until
+from tests.slurm.jobs import RECIPE, SLOWLY, STEPS, TINY_JOB, go_on, log, submit
 from tests.test_recipes import flags_of
 
 pytestmark = pytest.mark.slow
@@ -44,13 +45,18 @@ def restarted(cluster: Cluster, job: str, folder: Path, restarts: int) -> None:
 
 
 def test_survives_signals(cluster: Cluster, tmp_path: Path, expected: dict[str, torch.Tensor]) -> None:
-    """To the batch script, to one rank, to all ranks: each time all stop at one step and go on from there."""
+    """To the batch script, to one rank, to all ranks: each time all stop at one step and go on from there.
+
+    One that comes while Python is still importing is ignored.
+    """
     job = submit(cluster, tmp_path, *TINY_JOB)
+    until(lambda: bool(ranks_on(cluster, "node2")), 60, lambda: log(tmp_path))
+    cluster.run("scancel", "--signal=USR1", job)
     stopped = []
     for number, send in enumerate(
         (
             lambda: cluster.run("scancel", "--batch", "--signal=USR1", job),
-            lambda: cluster.on("node2", "kill", f"-{signal.SIGUSR2:d}", only_rank(cluster, "node2")),
+            lambda: cluster.on("node2", "kill", f"-{signal.SIGUSR2:d}", *ranks_on(cluster, "node2")),
             lambda: cluster.run("scancel", "--signal=TERM", job),
         ),
         start=1,
@@ -64,10 +70,26 @@ def test_survives_signals(cluster: Cluster, tmp_path: Path, expected: dict[str, 
         assert f"resuming at epoch {step // 6}, step {step % 6} of 6" in log(tmp_path)
 
 
-def only_rank(cluster: Cluster, node: str) -> str:
-    """Process number of the training on a node where srun itself does not run."""
-    (number,) = cluster.on(node, "pgrep", "-f", "slowly.py main_swav.py").split()
-    return number
+def ranks_on(cluster: Cluster, node: str) -> list[str]:
+    """Process numbers of the training on a node where srun itself does not run."""
+    found = cluster.on(node, "sh", "-c", "pgrep -f '[s]lowly.py main_swav.py' || true")
+    return found.split()
+
+
+def test_survives_a_signal_under_torchrun(cluster: Cluster, tmp_path: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Its agent passes on SIGTERM."""
+    flags = shlex.join([*flags_of(RECIPE)[1], *TINY_JOB, "--dump_path", str(tmp_path / "run")])
+    script = tmp_path / "torchrun.sh"
+    script.write_text(
+        "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append --output=job.log --mem=4G\n"
+        f"export OMP_NUM_THREADS=1\nsrun {sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=1 "
+        f"--rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=node1:29500 {SLOWLY} main_swav.py {flags}\n"
+    )
+    job = cluster.submit(f"--chdir={ROOT}", f"--output={tmp_path}/job.log", script, cwd=tmp_path)
+    go_on(tmp_path)
+    cluster.run("scancel", "--signal=TERM", job)
+    restarted(cluster, job, tmp_path, 1)
+    assert_finished(cluster, job, tmp_path, 1, expected)
 
 
 def test_survives_an_urgent_job_and_a_failed_node(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from clusterssl.data import Batch, Loader, MultiCrop, eval_batches, open_source
+from clusterssl.data.loader import signals_held
 from clusterssl.errors import UserError
 
 CROP = MultiCrop((2, 1), (32, 16), (0.3, 0.2), (1.0, 0.5))
@@ -117,6 +119,14 @@ def test_workers_ignore_the_signals_of_the_run() -> None:
     workers[0].terminate()
     workers[0].join(5)
     assert not workers[0].is_alive(), "its parent must be able to end it"
+
+
+def test_a_process_begun_while_signals_are_held_outlives_them() -> None:
+    """A worker that has not reached its set-up yet has no other protection."""
+    with signals_held():
+        child = subprocess.Popen(["sh", "-c", "kill -TERM $$; echo alive"], stdout=subprocess.PIPE, text=True)
+    assert child.communicate()[0] == "alive\n"
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
 
 def test_a_loader_that_dies_in_a_cycle_leaves_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,20 @@ from clusterssl.data.multicrop import MultiCrop
 from clusterssl.data.sampler import PositionSampler
 from clusterssl.data.source import Source
 from clusterssl.errors import UserError
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Holds back the signals of a run: processes begun meanwhile cannot die of one before `quiet_worker` is reached."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    ours = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def quiet_worker(_: int) -> None:
@@ -66,7 +81,9 @@ def same(item: Any) -> Any:
 
 def checked(batches: Any) -> Iterator[Any]:
     """Passes batches on and raises what workers reported."""
-    for batch in batches:
+    with signals_held():
+        arriving = iter(batches)
+    for batch in arriving:
         if isinstance(batch, Failure):
             raise UserError(str(batch))
         yield batch

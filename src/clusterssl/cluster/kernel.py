@@ -2,7 +2,7 @@
 
 The matrix of N images and K clusters is never held unless it fits a stated budget; it is made anew in every pass from
 features and head weights. Row factors cancel in a transport plan, so each row is divided by its largest entry: nothing
-overflows, and what underflows is too small to count.
+overflows, and what would underflow is too small to count.
 
 Shape suffixes: N images of this rank, n images of a block, D features, K clusters.
 """
@@ -23,6 +23,9 @@ _BLOCK = {"cpu": 2**18, "cuda": 2**26}
 """entries of a block: on a CPU what stays in the cache of a core"""
 _DRIFT = {torch.float32: 60.0, torch.float64: 600.0}
 """spread of potentials against those in the kernel up to which their exponentials are factors of it"""
+
+_LEAST = {torch.float32: -85.0, torch.float64: -700.0}
+"""exponents below count as these: their exponentials would be denormal, which processors compute very slowly"""
 
 
 class Kernel:
@@ -77,7 +80,7 @@ class Kernel:
                 "ask for fewer clusters"
             )
         parts = [part for part in (*self.features_ND.split(2**16), self.weight_KD, self.bias_K) if part is not None]
-        finite = all(bool(torch.isfinite(part).all()) for part in parts)
+        finite = all(bool(torch.isfinite(torch.stack(part.aminmax())).all()) for part in parts if part.numel())
         if int(dist.all_reduce_(torch.tensor(int(finite)), "min")) == 0:
             raise UserError("features or head weights are not finite: training has diverged; lower the learning rate")
 
@@ -132,7 +135,7 @@ class Kernel:
 
     def _fill(self, span: slice, out_nK: Tensor) -> Tensor:
         self._exponents(span, self.reference_K, out_nK)
-        return out_nK.sub_(out_nK.amax(1, keepdim=True)).exp_()
+        return out_nK.sub_(out_nK.amax(1, keepdim=True)).clamp_(min=_LEAST[self.dtype]).exp_()
 
     def _exponents(self, span: slice, potentials_K: Tensor, out_nK: Tensor, sharpness: float | None = None) -> Tensor:
         """sharpness * logits + potentials_K of a block."""
@@ -187,7 +190,8 @@ class Kernel:
             top_nJ, clusters_NJ[span] = self._exponents(span, potentials_K, room_nK).topk(kept)
             weights_NJ[span] = top_nJ.softmax(1)
 
-        self._on_blocks(keep)
+        if kept:
+            self._on_blocks(keep)
         return clusters_NJ, weights_NJ
 
     @torch.no_grad()

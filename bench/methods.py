@@ -7,8 +7,8 @@ On CIFAR-10 every method trains on the first 1,000 images of each class for the 
 its own but the same network, crop size and batch; on the digits it runs as it does without any flag. Then, on the test
 images: k-NN (k = 20) against the training images, a linear probe on frozen features, and the agreement (NMI, ARI) of
 the clusters that the method itself predicts with the classes. Images a second are those of one core: CPU time counts,
-from start to end, also of passes that only assign; memory is the process's peak. "Untrained" is, by each measure, the better of the network as
-initialised and with its BatchNorm statistics set on the training images.
+from start to end, also that of passes that only assign; memory is the process's peak. "Untrained" is, by each measure,
+the better of the network as initialised and with its BatchNorm statistics set on the training images.
 """
 
 from __future__ import annotations

@@ -6,13 +6,17 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from clusterssl import dist
+from clusterssl import dist, pulse
+from clusterssl.cluster.kmeans import KMeansOptions, euclidean_kmeans
+from clusterssl.cluster.neighbours import nearest_neighbours
+from clusterssl.cluster.transport import TransportOptions, transport
 from clusterssl.data import Augment, BadImages, Loader, MultiCrop, open_source
 from clusterssl.dist import World
 from clusterssl.errors import Stopped, UserError
@@ -69,7 +73,7 @@ def test_a_signal_ends_a_pass(kind: str) -> None:
         batches = feed.augmented(0) if kind == "augmented" else feed.plain(4)
         next(batches)
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Stopped, match="SIGTERM in a pass over all images"):
+        with pytest.raises(Stopped, match="SIGTERM between two steps"):
             list(batches)
 
 
@@ -93,6 +97,48 @@ def test_a_signal_to_one_rank_ends_the_pass_on_all() -> None:
     assert seen == also_seen < 10
 
 
+def clustering(rank: int, world_size: int) -> tuple[str, int]:
+    """One rank is asked to stop in the third iteration of a k-means of very many."""
+    feed, heeded = feed_of(World(rank, world_size)), 0
+
+    def heed() -> None:
+        nonlocal heeded
+        heeded += 1
+        if rank == 1 and heeded == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        feed.heed()
+
+    x_ND = torch.randn(50, 4, generator=torch.Generator().manual_seed(rank))
+    with StopRequest() as feed.request, pulse.listening(heed):
+        try:
+            euclidean_kmeans(x_ND, 5, KMeansOptions(kmeans_iters=1000))
+        except Stopped as stopped:
+            return str(stopped), heeded
+    return "", heeded
+
+
+def test_a_signal_to_one_rank_ends_a_clustering_on_all() -> None:
+    (first, heeded), (second, also_heeded) = run_ranks(clustering, 2)
+    assert "signal to another rank" in first and "SIGUSR1" in second
+    assert heeded == also_heeded == 3
+
+
+@pytest.mark.parametrize("solver", ["quasi-newton", "published"])
+def test_a_signal_ends_a_transport(solver: Literal["quasi-newton", "published"]) -> None:
+    feed = feed_of(World())
+    feed.request.received = "SIGTERM"
+    logits_NK = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    with pulse.listening(feed.heed), pytest.raises(Stopped, match="SIGTERM"):
+        transport(logits_NK, sharpness=25.0, options=TransportOptions(sinkhorn_solver=solver))
+
+
+def test_a_signal_ends_a_search_for_neighbours() -> None:
+    feed = feed_of(World())
+    feed.request.received = "SIGTERM"
+    with pulse.listening(feed.heed), pytest.raises(Stopped, match="SIGTERM"):
+        nearest_neighbours(torch.randn(20, 3), 2)
+
+
 def unreadable(rank: int, world_size: int, folder: str) -> str:
     feed = feed_of(World(rank, world_size), folder, batch=4)
     try:
@@ -110,3 +156,12 @@ def test_too_many_unreadable_images_end_the_pass_on_all_ranks(tmp_path: Path) ->
         (tmp_path / f"{number:02}.png").write_bytes(b"no image")
     first, second = run_ranks(unreadable, 2, str(tmp_path))
     assert "another rank stopped" in first and "3 of 20 images cannot be read" in second
+
+
+def test_an_unreadable_start_ends_the_pass_on_all_ranks(tmp_path: Path) -> None:
+    for number in range(20):
+        Image.new("RGB", (24, 24), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    for number in range(10, 20):
+        (tmp_path / f"{number:02}.png").write_bytes(b"no image")
+    first, second = run_ranks(unreadable, 2, str(tmp_path))
+    assert "another rank stopped" in first and "cannot be read" in second

@@ -11,11 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "clusterssl"
-BASE = {"errors", "files", "dist", "config", "rng"}
+BASE = {"errors", "files", "dist", "config", "rng", "pulse"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "rng": set(),
+    "pulse": set(),
     "config": {"errors"},
     "rendezvous": {"errors", "files"},
     "interfaces": set(),

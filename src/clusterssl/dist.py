@@ -205,6 +205,12 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
+def raise_together(problem: str) -> None:
+    """Raise a UserError on all ranks if any has a problem, in its own words where it has one; a collective call."""
+    if int(all_reduce_(torch.tensor(int(bool(problem))), "max")):
+        raise UserError(problem or "another rank stopped the run; its message says why")
+
+
 class Agreement:
     """Facts that any rank may raise and all ranks learn at the same step, without making a GPU wait.
 

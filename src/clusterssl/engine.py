@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clusterssl import checkpoint, dist
+from clusterssl import checkpoint, dist, pulse
 from clusterssl.data import Batch
 from clusterssl.dist import World
 from clusterssl.errors import Stopped, UserError
@@ -66,7 +66,7 @@ def fit(parts: Parts) -> None:
         UserError: non-finite loss, collapse with `stop_on_collapse`, too many unreadable images, full disk.
         Stopped: a signal asked for it; a checkpoint was written.
     """
-    with StopRequest() as request:
+    with StopRequest() as request, pulse.listening(parts.feed.heed):
         _Training(parts, request).train()
 
 
@@ -167,20 +167,22 @@ class _Training:
 
     def batches(self, epoch: int, start: int) -> Iterator[list[Batch]]:
         """Steps of an epoch; a rank that cannot load goes on with old images until all ranks have agreed to stop."""
-        source, last = self.feed.loader.epoch(epoch, start, self.parts.method.order(epoch)), None
+        source, last, failed = self.feed.loader.epoch(epoch, start, self.parts.method.order(epoch)), None, False
         while True:
+            first = last is None
             try:
                 last = next(source)
             except StopIteration:
                 return
             except UserError as error:
-                if last is None:
-                    raise
-                self.problem = str(error)
-                yield last
-                yield last  # the agreement is one step late
-                raise
+                self.problem, failed = str(error), True
+            if first:
+                dist.raise_together(self.problem)  # there are no old images to go on with
+            assert last is not None
             yield last
+            if failed:
+                yield last  # the agreement is one step late
+                raise UserError(self.problem)
 
     def no_sync(self, more: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients only in the last backward pass of a step."""
@@ -241,7 +243,7 @@ class _Training:
         stop, due_somewhere, problem = self.agreement.exchange([int(asked), int(due), int(bool(self.problem))])
         if problem:
             self.agreement.finish()
-            raise UserError(self.problem or "another rank stopped the run; its message says why")
+            dist.raise_together(self.problem)
         if self.step == self.total:
             return
         # The answer is one step old, so a save of the step before has already met what it asks for.

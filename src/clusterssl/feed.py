@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -137,8 +137,8 @@ class Feed:
                 batch = next(batches, None)
             except UserError as error:
                 problem, batch = str(error), last  # others go on until they know, and may wait for this rank
-                if last is None:
-                    raise
+            if done == 1:
+                dist.raise_together(problem)  # it has nothing to go on with
             self._obey(agreement.exchange([int(bool(self.request.received)), int(bool(problem))]), agreement, problem)
             if batch is not None:
                 last = batch
@@ -152,9 +152,17 @@ class Feed:
         stop, failed = agreed
         if failed:
             agreement.finish()
-            raise UserError(problem or "another rank stopped the run; its message says why")
+            dist.raise_together(problem)
         if stop:
             agreement.finish()
-            requeue(self.request.received)
-            name = self.request.received or "a signal to another rank"
-            raise Stopped(f"stopped by {name} in a pass over all images; the same command goes on from the checkpoint")
+            self._stop()
+
+    def heed(self) -> None:
+        """End the run on all ranks together if any was asked to stop; a collective call, see `pulse.tick`."""
+        if int(dist.all_reduce_(torch.tensor(int(bool(self.request.received))), "max")):
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        requeue(self.request.received)
+        name = self.request.received or "a signal to another rank"
+        raise Stopped(f"stopped by {name} between two steps; the same command goes on from the checkpoint")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clusterssl import dist
+from clusterssl import dist, pulse
 from clusterssl.cluster.cores import MOST, on_cores
 from clusterssl.cluster.empty import fill_empty, split_largest
 from clusterssl.cluster.nearest import SEARCHES, Target, block_rows, import_faiss
@@ -187,6 +187,7 @@ def _kmeans(problem: _Problem, clusters: int | Tensor, options: KMeansOptions, s
         centroids_KD = start(rows, number, seed, draw)
     inertia, began = [], time.monotonic()
     for _ in range(options.kmeans_iters):
+        pulse.tick()
         found = _search(problem, centroids_KD, options, learn=True)
         centroids_KD = _updated(problem, found, centroids_KD, options)
         inertia.append(found.inertia)

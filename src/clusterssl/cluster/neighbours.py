@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clusterssl import dist
+from clusterssl import dist, pulse
 from clusterssl.errors import UserError
 
 _CHUNK_BYTES = 1 << 26
@@ -42,6 +42,7 @@ def nearest_neighbours(x_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
         block_MD = x_ND.contiguous() if source == dist.rank() else x_ND.new_empty(rows, x_ND.shape[1])
         dist.broadcast_(block_MD, source)
         for part_MD in block_MD.split(_BLOCK_ROWS):
+            pulse.tick()
             found = _merge(found, _search(x_ND, first_row, part_MD, start, count), count)
             start += part_MD.shape[0]
     return found

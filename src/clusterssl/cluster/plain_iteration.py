@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clusterssl import pulse
 from clusterssl.cluster.kernel import Kernel
 from clusterssl.cluster.potentials import Found
 
@@ -44,6 +45,7 @@ def plain_iteration(kernel: Kernel, sharpness: float, *, error: float, most: int
         return torch.cat([c_n @ kernel_nK, change[None]])
 
     for iteration in range(most + 1):
+        pulse.tick()
         packed = kernel.sums(columns, kernel.clusters + 1)
         change = float(packed[-1])
         looked = iteration == most or (iteration - 1) % _LOOK_EVERY == 0

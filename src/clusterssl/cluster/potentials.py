@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clusterssl import dist
+from clusterssl import dist, pulse
 from clusterssl.cluster.kernel import Kernel
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ def quasi_newton(kernel: Kernel, start_K: Tensor, error: float, imbalance: float
     best = found = point.found(kernel.images)
     shown = time.monotonic()
     while not (found.error <= error and found.imbalance <= imbalance) and kernel.passes < passes:
+        pulse.tick()
         shown = _tell(kernel, best, shown)
         step_K = _direction(history, point)
         after = _line_search(kernel, point, step_K, careful=bool(history))

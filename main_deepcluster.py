@@ -38,7 +38,7 @@ from clusterssl.models.build import resolve_stem
 from clusterssl.models.headed import HeadedNet, build_headed
 from clusterssl.models.published import published_arch
 from clusterssl.monitor import Observation
-from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions
+from clusterssl.options import DataOptions, OptimOptions, RunOptions, TrunkOptions
 from clusterssl.pretrain import assemble, join, or_digits
 
 ALIASES = {
@@ -57,7 +57,7 @@ class Config:
     data: DataOptions = DataOptions(
         nmb_crops=(1,), min_scale_crops=(0.08,), color_jitter_p=0.0, gray_p=0.0, blur_p=0.0, workers=4
     )
-    model: ModelOptions = ModelOptions(arch="alexnet")
+    model: TrunkOptions = TrunkOptions(arch="alexnet")
     clustering: ClusteringOptions = ClusteringOptions()
     kmeans: KMeansOptions = KMeansOptions(kmeans_iters=20)
     optim: OptimOptions = OptimOptions(
@@ -67,7 +67,7 @@ class Config:
 
 
 DIGITS = Config(
-    data=replace(options.DIGITS_DATA, nmb_crops=(1,)), model=options.DIGITS_MODEL,
+    data=replace(options.DIGITS_DATA, nmb_crops=(1,)), model=options.DIGITS_TRUNK,
     clustering=ClusteringOptions(nmb_cluster=30, pca_dim=16, reassign=4.0), kmeans=KMeansOptions(kmeans_iters=20),
     optim=OptimOptions(20, 100, optimizer="sgd", base_lr=0.5, wd=1e-5, warmup_epochs=0, schedule="constant"),
     run=RunOptions(dump_path="runs/deepcluster_digits"),
@@ -78,7 +78,6 @@ class DeepCluster(Method):
     """The clusters of all images are the classes of the next epoch; the top layer begins anew each time."""
 
     remedies = "Try a lower --base_lr, another --nmb_cluster or stronger augmentation (smaller --min_scale_crops)"
-    optimizer: torch.optim.Optimizer
 
     def __init__(self, model: nn.Module, config: Config, feed: Feed) -> None:
         self.model, self.net, self.feed, self.folder = model, cast(HeadedNet, bare(model)), feed, config.run.dump_path
@@ -138,12 +137,10 @@ def main() -> None:
     words = cfg.translate(sys.argv[1:], ALIASES, positional="data_path", powers=["wd"])
     config = cfg.parse(Config, words, description=__doc__, default=or_digits(Config(), DIGITS, words))
     with join(config.run) as world:
-        parts = assemble(
+        fit(assemble(
             "deepcluster", config, world, make_model, DeepCluster, augment=Augment(std=(0.229, 0.224, 0.225)),
             parameter_groups=parameter_groups, images_per_epoch=lambda config, n: config.clustering.images_per_epoch(n),
-        )  # fmt: skip
-        cast(DeepCluster, parts.method).optimizer = parts.optimizer
-        fit(parts)
+        ))  # fmt: skip
 
 
 if __name__ == "__main__":

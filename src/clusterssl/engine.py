@@ -75,6 +75,7 @@ class _Training:
         self.parts, self.request = parts, request
         self.feed, self.bad = parts.feed, parts.feed.ledger
         self.feed.request = request
+        parts.method.optimizer = parts.optimizer
         self.scaler = self.feed.precision.scaler(parts.world.device)
         self.monitor = Monitor(parts.method.remedies)
         self.problem = ""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +22,9 @@ class Method:
     """of the last loss, for the monitor; with several heads, one of them"""
     remedies: str = ""
     """what to try when the run collapses, in words, with the method's flags"""
+
+    optimizer: torch.optim.Optimizer
+    """of the run, from the first `begin_epoch` on; for methods that begin a layer anew"""
 
     def begin_epoch(self, epoch: int) -> None:
         """Before the first step of an epoch: cluster the memory, solve the assignment, start a queue.

@@ -58,17 +58,13 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class TrunkOptions:
     """Network."""
 
     arch: str = "resnet50"
     """resnet18, 34, 50, 50w2, 50w4, 50w5, conv4 (tiny images), any torchvision classification model, or timm:NAME"""
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """first layers of a ResNet: imagenet (7x7, stride 2, max-pool) or small (3x3); auto: small for crops up to 64 px"""
-    hidden_mlp: int = 2048
-    """hidden width of the projection head; 0: a single linear layer"""
-    feat_dim: int = 128
-    """dimension of the embedding"""
     init: str = ""
     """checkpoint (file or URL, published or own) to start the weights from"""
     sync_bn: str = "pytorch"
@@ -87,6 +83,16 @@ class ModelOptions:
     def __post_init__(self) -> None:
         known = ("pytorch", "apex", "none")
         require(self.sync_bn in known, f"--sync_bn {self.sync_bn}: use pytorch, apex or none")
+
+
+@dataclass(frozen=True)
+class ModelOptions(TrunkOptions):
+    """Network."""
+
+    hidden_mlp: int = 2048
+    """hidden width of the projection head; 0: a single linear layer"""
+    feat_dim: int = 128
+    """dimension of the embedding"""
 
 
 @dataclass(frozen=True)
@@ -190,5 +196,6 @@ DIGITS_DATA = DataOptions(
     workers=0,
 )  # fmt: skip
 """ink and background vary and strokes blur, but there is no colour, and a flipped digit is another one"""
+DIGITS_TRUNK = TrunkOptions(arch="conv4")
 DIGITS_MODEL = ModelOptions(arch="conv4", hidden_mlp=128, feat_dim=32)
 DIGITS_OPTIM = OptimOptions(epochs=60, batch_size=100, optimizer="adamw", base_lr=3e-3, warmup_epochs=3)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from clusterssl.method import Method
 from clusterssl.models.build import MultiCropNet, build_model, check_crop_sizes, resolve_stem
 from clusterssl.models.weights import init_model
 from clusterssl.optim import build_optimizer, warmup_cosine
-from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, num_views
+from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, TrunkOptions, num_views
 from clusterssl.precision import Precision
 from clusterssl.run import Run
 
@@ -41,7 +41,7 @@ class PretrainConfig(Protocol):
     @property
     def data(self) -> DataOptions: ...
     @property
-    def model(self) -> ModelOptions: ...
+    def model(self) -> TrunkOptions: ...
     @property
     def optim(self) -> OptimOptions: ...
     @property
@@ -95,7 +95,7 @@ def prototype_net(nmb_prototypes: int | tuple[int, ...]) -> Callable[[PretrainCo
     """Maker of SwAV's network with K prototypes, or one layer of them per entry."""
 
     def make(config: PretrainConfig) -> MultiCropNet:
-        options = config.model
+        options = cast(ModelOptions, config.model)
         stem = resolve_stem(options.stem, max(max(size) for size in config.data.size_crops))
         return build_model(options.arch, stem, options.hidden_mlp, options.feat_dim, nmb_prototypes)
 

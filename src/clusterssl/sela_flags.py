@@ -18,7 +18,7 @@ from clusterssl.data import MEAN, Augment, MultiCrop, resize_for
 from clusterssl.models.build import resolve_stem
 from clusterssl.models.headed import HeadedNet, build_headed
 from clusterssl.models.published import published_arch
-from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions
+from clusterssl.options import DataOptions, OptimOptions, RunOptions, TrunkOptions
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Config:
     version: Literal["1"] = "1"
     """1: SeLa of ICLR 2020"""
     data: ImageOptions = ImageOptions()
-    model: ModelOptions = ModelOptions(arch="alexnet")
+    model: TrunkOptions = TrunkOptions(arch="alexnet")
     sela: SeLaOptions = SeLaOptions()
     transport: TransportOptions = TransportOptions()
     optim: StepOptions = StepOptions(201, 256, optimizer="sgd", base_lr=0.08, wd=1e-5, warmup_epochs=0)
@@ -144,7 +144,7 @@ CIFAR = Config(
 )  # fmt: skip
 DIGITS = Config(
     data=ImageOptions(**{**vars(options.DIGITS_DATA), "nmb_crops": (1,), "hue_jitter": 0.125, "augs": 3}),
-    model=options.DIGITS_MODEL, sela=SeLaOptions(hc=5, ncl=60, nopts=20),
+    model=options.DIGITS_TRUNK, sela=SeLaOptions(hc=5, ncl=60, nopts=20),
     optim=StepOptions(60, 100, optimizer="adamw", base_lr=3e-3, warmup_epochs=3, schedule="cosine"),
     run=RunOptions(dump_path="runs/sela_v1_digits"),
 )  # fmt: skip

@@ -51,7 +51,8 @@ class Kernel:
             weight_KD: logits are features_ND @ weight_KD.T + bias_K; None: the features are the logits, K = D.
             bias_K: None for zeros.
             dtype: float32 or float64, of blocks and their sums; sums over blocks are float64.
-            cache_bytes: the kernel is kept between passes if this rank's part of it is no larger.
+            cache_bytes: the kernel is kept between passes if this rank's part of it is no larger; on a CPU also if it
+                is no larger than the features, from which it would take long to make anew.
 
         Raises:
             UserError: features or weights are not finite; fewer images than clusters.
@@ -62,7 +63,8 @@ class Kernel:
         self.images = int(dist.all_reduce_(torch.tensor(len(features_ND))))
         self.clusters = features_ND.shape[1] if weight_KD is None else len(weight_KD)
         self._check()
-        kept = len(features_ND) * self.clusters * torch.finfo(dtype).bits // 8 <= cache_bytes
+        held = features_ND.nbytes if self.device.type == "cpu" and weight_KD is not None else 0
+        kept = len(features_ND) * self.clusters * torch.finfo(dtype).bits // 8 <= max(cache_bytes, held)
         self._kept_NK = self._empty(len(features_ND), self.clusters) if kept else None
         self.sharpness = 0.0
         self.passes = 0
@@ -137,9 +139,9 @@ class Kernel:
         self._exponents(span, self.reference_K, out_nK)
         return out_nK.sub_(out_nK.amax(1, keepdim=True)).clamp_(min=_LEAST[self.dtype]).exp_()
 
-    def _exponents(self, span: slice, potentials_K: Tensor, out_nK: Tensor, sharpness: float | None = None) -> Tensor:
+    def _exponents(self, span: slice, potentials_K: Tensor, out_nK: Tensor) -> Tensor:
         """sharpness * logits + potentials_K of a block."""
-        sharpness = self.sharpness if sharpness is None else sharpness
+        sharpness = self.sharpness
         x_nD, shift_K = self.features_ND[span].to(self.device, self.dtype), potentials_K.to(self.device)
         if self.weight_KD is None:
             return torch.add(shift_K.to(x_nD), x_nD, alpha=sharpness, out=out_nK)
@@ -208,18 +210,6 @@ class Kernel:
 
         self._on_blocks(compare)
         return others_N, losses_N
-
-    @torch.no_grad()
-    def cross_entropy(self, labels_N: Tensor) -> float:
-        """Mean over all images of -log softmax(logits) at their labels, what SeLa reports as its cost."""
-        nothing_K = torch.zeros(self.clusters, dtype=torch.float64)
-
-        def cost(span: slice, room_nK: Tensor) -> Tensor:
-            logits_nK = self._exponents(span, nothing_K, room_nK, sharpness=1.0)
-            own_n = logits_nK.gather(1, labels_N[span, None])[:, 0]
-            return (logits_nK.logsumexp(1) - own_n).double().sum()
-
-        return float(dist.all_reduce_(self._on_blocks(cost, 1))) / self.images
 
 
 def kernel_bytes(images: int, clusters: int, cache_bytes: float, number_bytes: int) -> int:

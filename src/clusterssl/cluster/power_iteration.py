@@ -22,7 +22,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-class Clusters(NamedTuple):
+class GraphClusters(NamedTuple):
     """Labels int64 [N] before and after single points joined the cluster of a neighbour; both count from 0."""
 
     of_graph: Ints
@@ -70,7 +70,7 @@ def power_iteration_clustering(
 
 def clusters_of_graph(
     index_NE: NDArray[np.integer], square_NE: NDArray[np.floating], sigma: float, alpha: float, iterations: int
-) -> Clusters:
+) -> GraphClusters:
     """Cluster points of which the neighbours are known.
 
     Each point points to the neighbour towards which the stationary distribution rises most; points from which it rises
@@ -88,7 +88,7 @@ def clusters_of_graph(
     while not np.array_equal(following_N := pointer_N[pointer_N], pointer_N):
         pointer_N = following_N
     labels_N = np.unique(pointer_N, return_inverse=True)[1]
-    return Clusters(labels_N, _merge_singles(labels_N, index_NE))
+    return GraphClusters(labels_N, _merge_singles(labels_N, index_NE))
 
 
 def _links(index_NE: Ints, weight_NE: Floats) -> _Links:

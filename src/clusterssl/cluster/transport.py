@@ -14,7 +14,9 @@ row.
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -70,7 +72,8 @@ class TransportOptions:
     equal_labels: bool = False
     """move the images with the least to lose until all clusters are equally large, to one image"""
     transport_cache_gb: float = 0.5
-    """a kernel of N x K numbers is kept between passes when it is no larger than this on each rank"""
+    """a kernel of N x K numbers is kept between passes when it is no larger than this on each rank, or on a CPU than
+    the features"""
 
     def __post_init__(self) -> None:
         require(self.sinkhorn_tol > 0, f"--sinkhorn_tol {self.sinkhorn_tol}: must be positive")
@@ -138,6 +141,7 @@ def transport(
     images = int(dist.all_reduce_(torch.tensor(len(features_ND))))
     exact = published or images * clusters <= _SMALL
     dtype = dtype or (torch.float64 if exact else torch.float32)
+    _foretell(images, clusters, features_ND.shape[1], options.transport_cache_gb, dtype.itemsize)
     kernel = Kernel(features_ND, weight_KD, bias_K, dtype=dtype, cache_bytes=options.transport_cache_gb * 1e9)
     if published:
         fixed = options.sinkhorn_iterations
@@ -159,10 +163,12 @@ def transport(
 def memory_estimate(images: int, clusters: int, dim: int, cache_gb: float = 0.5, number_bytes: int = 4) -> int:
     """Bytes on one rank for labelling `images` of its own on a CPU, its features and labels included.
 
-    features N D + head K D + two blocks + the kernel N K if it is no larger than the cache + labels 8 N.
+    features N D + head K D + two blocks + the kernel N K if it is no larger than the cache or than the features +
+    labels 8 N.
     """
-    inputs = number_bytes * (images * dim + clusters * dim)
-    return inputs + kernel_bytes(images, clusters, cache_gb * 1e9, number_bytes) + 8 * images
+    features, head = number_bytes * images * dim, number_bytes * clusters * dim
+    kernel = kernel_bytes(images, clusters, max(cache_gb * 1e9, features), number_bytes)
+    return features + head + kernel + 8 * images
 
 
 def equal_labels(seed: int, images: int, clusters: int, heads: int) -> Tensor:
@@ -213,6 +219,18 @@ def _met(kernel: Kernel, found: Found, options: TransportOptions) -> bool:
     return found.error <= _tolerance(kernel, options) and found.imbalance <= _IMBALANCE
 
 
+@functools.cache
+def _foretell(images: int, clusters: int, dim: int, cache_gb: float, number_bytes: int) -> None:
+    """Once for each problem: most are solved many times."""
+    if dist.rank() == 0:
+        mine = -(-images // dist.size())
+        needed = memory_estimate(mine, clusters, dim, cache_gb, number_bytes) / 2**20
+        logger.info(
+            "optimal transport of %d x %d features to %d clusters: up to %.0f MiB on each rank, features included",
+            images, dim, clusters, needed,
+        )  # fmt: skip
+
+
 def _tell(kernel: Kernel, plan: Plan, options: TransportOptions, name: str, seconds: float) -> None:
     if dist.rank():
         return
@@ -222,8 +240,9 @@ def _tell(kernel: Kernel, plan: Plan, options: TransportOptions, name: str, seco
         extra={"file_only": seconds < _WORTH_TELLING},
     )  # fmt: skip
     if options.sinkhorn_iterations == 0 and not plan.converged:
+        largest = "" if math.isnan(plan.imbalance) else f", the largest cluster error at {100 * plan.imbalance:.2g} %"
         logger.warning(
-            "%s: stopped after %d passes at a change of %.3g, the largest cluster error at %.2g %%: the clusters are "
-            "less equal than asked for; raise --sinkhorn_max_iterations or --sinkhorn_tol",
-            name, plan.passes, plan.error, 100 * plan.imbalance,
+            "%s: stopped after %d passes at a change of %.3g (--sinkhorn_tol %g)%s: the clusters are less equal than "
+            "asked for; raise --sinkhorn_max_iterations, now %d, or --sinkhorn_tol",
+            name, plan.passes, plan.error, options.sinkhorn_tol, largest, options.sinkhorn_max_iterations,
         )  # fmt: skip

@@ -6,10 +6,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from tests.forked import Script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,15 +34,7 @@ class Launched:
             place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
             place |= {"MASTER_ADDR": "127.0.0.1"}
             together = {**os.environ, "OMP_NUM_THREADS": "1", **(place if ranks > 1 else {}), **(env or {})}
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(ROOT / script), *args],
-                    env=together,
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                )
-            )
+            self.processes.append(Script([str(ROOT / script), *args], together))
 
     def send(self, number: signal.Signals, rank: int | None = None) -> None:
         """Send a signal to one rank or to all that still run."""

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import os
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
+
+from tests.forked import server
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Results of `fn(rank, world_size, *args)` in rank order; `fn` is a top-level function of a test module."""
-    context = _server()
+    context = server()
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = (Path(folder) / "rendezvous").as_uri()
@@ -37,18 +35,6 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     if failures:
         raise AssertionError("\n".join(failures))
     return [torch.load(io.BytesIO(answers[rank][1]), weights_only=False) for rank in range(world_size)]
-
-
-@functools.cache
-def _server() -> Any:
-    """A process that has imported what takes seconds, and forks ranks in a moment."""
-    context, before = mp.get_context("forkserver"), os.environ.get("PYTHONPATH")
-    context.set_forkserver_preload(["sklearn.metrics", "clusterssl.pretrain"])
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    forkserver.ensure_running()
-    del os.environ["PYTHONPATH"]
-    os.environ.update({"PYTHONPATH": before} if before else {})
-    return context
 
 
 def _child(

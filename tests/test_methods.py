@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ METHODS = {
     "deepcluster": ("main_deepcluster.py", ["--size_crops", "16", "--nmb_cluster", "6"], [6]),
     "selfclassifier": ("main_selfclassifier.py", [*VIEWS, *HEAD, "--cls_size", "6", "5", "--queue_len", "32"], [6, 5]),
 }
+TRACES = ROOT / "tests" / "golden" / "traces.json"
 ALL = pytest.mark.parametrize("name", METHODS)
 
 
@@ -73,6 +75,17 @@ def test_starts_from_its_own_weights(name: str, checkpoints: dict[str, Path], tm
     before = read_checkpoint(path)["state_dict"]
     trunk = [key for key in before if key.split(".")[-2].startswith("conv") and key.endswith("weight")]
     assert len(trunk) == 4 and all(torch.equal(started[key], before[key]) for key in trunk)
+
+
+@ALL
+def test_losses_of_the_first_steps_are_those_recorded(name: str, tmp_path: Path) -> None:
+    """A guard against changes that nobody meant; RECORD_TRACES=1 records anew."""
+    records = metrics(trained(name, tmp_path, "--epochs", "7").parent)
+    losses = [record["loss"] for record in records if "step" in record][:20]
+    known = json.loads(TRACES.read_text()) if TRACES.exists() else {}
+    if os.environ.get("RECORD_TRACES"):
+        TRACES.write_text(json.dumps({**known, name: losses}, indent=1) + "\n")
+    assert losses == pytest.approx(known[name], rel=1e-3), "differs from tests/golden/traces.json"
 
 
 @ALL

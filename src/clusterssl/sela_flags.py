@@ -144,8 +144,8 @@ CIFAR = Config(
 )  # fmt: skip
 DIGITS = Config(
     data=ImageOptions(**{**vars(options.DIGITS_DATA), "nmb_crops": (1,), "hue_jitter": 0.125, "augs": 3}),
-    model=options.DIGITS_TRUNK, sela=SeLaOptions(hc=5, ncl=60, nopts=20),
-    optim=StepOptions(60, 100, optimizer="adamw", base_lr=3e-3, warmup_epochs=3, schedule="cosine"),
+    model=options.DIGITS_TRUNK, sela=SeLaOptions(hc=5, ncl=100, nopts=33),
+    optim=StepOptions(100, 100, optimizer="adamw", base_lr=3e-3, warmup_epochs=3, schedule="cosine"),
     run=RunOptions(dump_path="runs/sela_v1_digits"),
 )  # fmt: skip
 

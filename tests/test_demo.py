@@ -34,12 +34,18 @@ def test_demo_shows_writes_and_reuses(tmp_path: Path) -> None:
     assert (tmp_path / "d" / "seed-5" / "metrics.jsonl").read_text() == steps
 
 
+def hear_ctrl_c() -> None:
+    """As a shell's job in the foreground does, whatever these tests run under."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_interrupted_demo_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "d" / "seed-5"
     started = subprocess.Popen(
-        demo(tmp_path / "d", "--epochs", "60"), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        demo(tmp_path / "d", "--epochs", "60"), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=hear_ctrl_c,
+    )  # fmt: skip
     for _ in range(600):
         if (run / "checkpoint.pth.tar").exists():
             break
@@ -48,8 +54,9 @@ def test_interrupted_demo_goes_on(tmp_path: Path) -> None:
     _, errors = started.communicate(timeout=120)
     assert started.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
     resumed = subprocess.Popen(
-        demo(tmp_path / "d", "--epochs", "60"), stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        demo(tmp_path / "d", "--epochs", "60"), stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=hear_ctrl_c,
+    )  # fmt: skip
     assert resumed.stdout is not None
     assert any("resuming at epoch" in line for line in resumed.stdout)
     os.killpg(resumed.pid, signal.SIGINT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -118,14 +117,12 @@ def test_refuses_to_go_on_with_other_images(name: str, checkpoints: dict[str, Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_without_flags_learns_from_the_digits(name: str, tmp_path: Path) -> None:
-    """In under five minutes on two cores; 30 labels of k-NN's 1,000 are not what it is about, see the bench."""
+    """Better than the untrained network; how much, and how soon, is the bench's."""
     script, _, _ = METHODS[name]
     version = ["--version", "1"] if name == "sela_v1" else []
-    began = time.monotonic()
     launched = Launched(script, *version, "--dump_path", str(tmp_path), env={"OMP_NUM_THREADS": "2"})
     codes, printed = launched.wait(timeout=600)
     assert codes == [0], printed
-    assert time.monotonic() - began < 300
     path = tmp_path / "checkpoint.pth.tar"
     scores = {}
     for of_what, words in (("trained", ["--pretrained", str(path)]), ("untrained", ["--arch", "conv4"])):

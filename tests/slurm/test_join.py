@@ -101,7 +101,8 @@ def test_a_run_directory_that_is_not_shared(cluster: Cluster, tmp_path: Path) ->
     (tmp_path / "run").mkdir()
     with mounted(cluster, "node2", "-t", "tmpfs", "none", tmp_path / "run"):
         job = submit(cluster, tmp_path, *TINY_JOB)
-        assert cluster.wait(job)["ExitCode"] == "2:0", log(tmp_path)
+        # each rank ends with 2, but srun may end the slower one first, and the job has the largest code
+        assert cluster.wait(job)["ExitCode"] in ("2:0", "143:0"), log(tmp_path)
     assert f"--dump_path {tmp_path}/run: what node" in log(tmp_path) and "choose a folder that all" in log(tmp_path)
     assert not list((tmp_path / "run").glob(".nonce*"))
 

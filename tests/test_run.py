@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,3 +39,43 @@ def test_rows_that_ranks_share_unevenly_are_shared_anew(tmp_path: Path) -> None:
         assert torch.equal(torch.cat([part["more"] for part in parts]), whole[:, 0])
         shares = [len(part["rows"]) for part in parts]
         assert shares == [(r + 1) * ROWS // world_size - r * ROWS // world_size for r in range(world_size)]
+
+
+def test_a_flipped_bit_anywhere_is_found_and_the_previous_checkpoint_used(tmp_path: Path) -> None:
+    run = Run(tmp_path, World())
+    for step in (3, 4):
+        weight = torch.full((300,), float(step))
+        run.save({"weight": weight}, {"rows": weight.clone()}, step=step)
+    random = np.random.RandomState(0)
+    for name in ("checkpoint.pth.tar", "checkpoint.step4.rank0-of-1.pth"):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        path.unlink()  # the previous file may be the same one by another name
+        for position in random.randint(len(whole), size=60):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << random.randint(8)
+            path.write_bytes(damaged)
+            state = Run(tmp_path, World()).load()
+            assert state is not None and state["step"] in (3, 4)
+            values = torch.cat([state["weight"], state["sharded"]["rows"]])
+            assert torch.equal(values, torch.full((600,), float(state["step"]))), position
+        path.write_bytes(whole)
+
+
+def resume_damaged(rank: int, world_size: int, folder: str) -> int:
+    run = Run(folder, World(rank, world_size))
+    for step in (3, 4):
+        run.save({"kept": 1}, {"rows": torch.full((200,), float(step))}, step=step)
+    if rank == 1:
+        path = Path(folder, "checkpoint.step4.rank1-of-2.pth")
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 4
+        path.write_bytes(damaged)
+    dist.barrier()
+    state = run.load()
+    assert state is not None and torch.equal(state["sharded"]["rows"], torch.full((200,), float(state["step"])))
+    return state["step"]
+
+
+def test_a_damaged_part_of_one_rank_sends_all_back(tmp_path: Path) -> None:
+    assert run_ranks(resume_damaged, 2, str(tmp_path)) == [3, 3]

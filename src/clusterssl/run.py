@@ -29,7 +29,7 @@ from torch import Tensor
 from clusterssl import dist
 from clusterssl.dist import World
 from clusterssl.errors import UserError
-from clusterssl.files import atomic_write, first_line, read_checkpoint, save_checkpoint
+from clusterssl.files import atomic_write, check_sums, first_line, read_checkpoint, save_checkpoint
 from clusterssl.log import log_to_file
 from clusterssl.shared_folder import why_not_shared
 
@@ -173,7 +173,7 @@ class Run:
 
     def _agree(self, problem: str) -> None:
         """Raise on all ranks what went wrong on any."""
-        problem = next((text for text in dist.gather_objects(problem) if text), "")
+        problem = _first(dist.gather_objects(problem))
         if problem:
             raise UserError(problem)
 
@@ -208,37 +208,29 @@ class Run:
         Raises:
             UserError: there are checkpoints but none is readable; nothing is started anew over them.
         """
-        found: tuple[str, str] = ("", "")
-        if self.world.is_main:
-            found = self._newest_readable()
-        name, problem = dist.broadcast_object(found)
-        if problem:
-            raise UserError(problem)
-        if not name:
-            return None
-        state = self._read(self.folder / name)
-        self._saved_step = state["step"]
-        return state
-
-    def _newest_readable(self) -> tuple[str, str]:
-        problems = []
+        problems: list[str] = []
         for name in (CURRENT, PREVIOUS):
-            if not (self.folder / name).exists():
+            if not dist.broadcast_object((self.folder / name).exists()):
                 continue
+            state, problem = {}, ""
             try:
-                self._read(self.folder / name)
+                state = self._read(self.folder / name)
             except UserError as error:
-                problems.append(str(error))
-                continue
-            if problems:
-                logger.warning("%s; falling back to %s", problems[0], name)
-            return name, ""
+                problem = str(error)
+            problem = _first(dist.gather_objects(problem))
+            if not problem:
+                if problems:
+                    logger.warning("%s; falling back to %s", problems[0], name)
+                self._saved_step = state["step"]
+                return state
+            problems.append(problem)
         if problems:
-            return "", f"{problems[0]}; there is no older checkpoint, remove the file to start from the beginning"
-        return "", ""
+            remedy = "there is no older checkpoint that can be read, remove the file to start from the beginning"
+            raise UserError(f"{problems[0]}; {remedy}")
+        return None
 
     def _read(self, path: Path) -> dict[str, Any]:
-        state = read_checkpoint(path)
+        state = _read_whole(path)
         if "step" not in state or "shards" not in state:
             raise UserError(f"{path}: a checkpoint of another program; use --init to start from its weights")
         state["sharded"] = self._my_shard(state["step"], state["shards"], state.get("rows", {}))
@@ -247,11 +239,11 @@ class Run:
     def _my_shard(self, step: int, shards: int, rows: dict[str, int]) -> dict[str, Tensor]:
         """This rank's rows of what was split over `shards` ranks, read one file at a time."""
         if shards in (0, self.world.size):
-            return read_checkpoint(self._shard(step, self.world.rank, shards)) if shards else {}
+            return _read_whole(self._shard(step, self.world.rank, shards)) if shards else {}
         mine: dict[str, list[Tensor]] = {name: [] for name in rows}
         before = dict.fromkeys(rows, 0)
         for rank in range(shards):
-            part = read_checkpoint(self._shard(step, rank, shards))
+            part = _read_whole(self._shard(step, rank, shards))
             for name, total in rows.items():
                 first, end = dist.share(total)
                 start = before[name]
@@ -264,6 +256,16 @@ class Run:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+
+def _first(problems: list[str]) -> str:
+    return next((problem for problem in problems if problem), "")
+
+
+def _read_whole(path: Path) -> dict[str, Any]:
+    if path.is_file():
+        check_sums(path)
+    return read_checkpoint(path)
 
 
 def _ends_within_line(path: Path) -> bool:

@@ -23,6 +23,7 @@ from clusterssl.monitor import Monitor
 from clusterssl.preemption import StopRequest, requeue
 from clusterssl.progress import Progress
 from clusterssl.run import Run
+from clusterssl.watchdog import watching
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Schedule:
     checkpoint_minutes: float = 10.0
     """0: after every step"""
     stop_on_collapse: bool = False
+    hang_minutes: float = 0.0
+    """of stillness after which a rank ends itself; 0: never"""
 
 
 @dataclass
@@ -66,7 +69,8 @@ def fit(parts: Parts) -> None:
         UserError: non-finite loss, collapse with `stop_on_collapse`, too many unreadable images, full disk.
         Stopped: a signal asked for it; a checkpoint was written.
     """
-    with StopRequest() as request, pulse.listening(parts.feed.heed):
+    hang = watching(parts.schedule.hang_minutes, parts.world.rank)
+    with StopRequest() as request, pulse.listening(parts.feed.heed), hang:
         _Training(parts, request).train()
 
 
@@ -205,6 +209,7 @@ class _Training:
         self.loss = loss
         self.loss_sum += loss
         self.step += 1
+        pulse.beat(f"step {self.step} of {self.total}")
 
     def check_finite(self) -> None:
         bad_step = int(dist.all_reduce_(self.first_bad_step.clone(), "max"))

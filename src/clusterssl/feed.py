@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from clusterssl import dist
+from clusterssl import dist, pulse
 from clusterssl.data import Augment, BadImages, Batch, Loader, eval_batches, resize_for
 from clusterssl.dist import World
 from clusterssl.errors import Stopped, UserError
@@ -140,6 +140,7 @@ class Feed:
             if done == 1:
                 dist.raise_together(problem)  # it has nothing to go on with
             self._obey(agreement.exchange([int(bool(self.request.received)), int(bool(problem))]), agreement, problem)
+            pulse.beat(f"batch {done} of {count} of a pass over all images")
             if batch is not None:
                 last = batch
                 yield batch

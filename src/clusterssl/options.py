@@ -161,6 +161,8 @@ class RunOptions:
     """where ranks meet; env:// reads torchrun's or Slurm's variables"""
     timeout_minutes: float = 30.0
     """minutes after which a rank that waits for the others gives up"""
+    hang_minutes: float = 20.0
+    """minutes after which a rank in which nothing moves says where it hangs and ends with 75; 0: it waits for ever"""
     join_timeout_seconds: float = 50.0
     """seconds after which, at the start, missing ranks are named and the others end"""
     world_size: int = -1
@@ -174,6 +176,7 @@ class RunOptions:
         require(self.log_freq > 0, f"--log_freq {self.log_freq}: must be at least 1")
         require(0 <= self.seed < 2**31, f"--seed {self.seed}: must lie between 0 and {2**31 - 1}")
         require(self.checkpoint_minutes >= 0, f"--checkpoint_minutes {self.checkpoint_minutes}: must not be negative")
+        require(self.hang_minutes >= 0, f"--hang_minutes {self.hang_minutes}: must not be negative")
         for name in ("timeout_minutes", "join_timeout_seconds"):
             require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be positive")
 

@@ -53,15 +53,28 @@ def requeue(received: str) -> None:
         try:
             _ask()
         except (OSError, subprocess.SubprocessError) as error:
-            said = str(getattr(error, "stderr", "") or error).strip()
-            logger.warning("Slurm did not requeue this job: %s", said)
+            logger.warning("%s", _refused(error))
     dist.barrier()
+
+
+def requeue_alone() -> None:
+    """As `requeue`, by a rank that cannot count on the others."""
+    if not _in_job():
+        return
+    try:
+        _ask()
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("%s", _refused(error))
 
 
 def requeue_with(ask: Callable[[], None]) -> None:
     """From now on `requeue` calls `ask` in rank 0 instead of Slurm: a launcher has its own way."""
     global _ask
     _ask = ask
+
+
+def _refused(error: Exception) -> str:
+    return f"Slurm did not requeue this job: {str(getattr(error, 'stderr', '') or error).strip()}"
 
 
 def _in_job() -> bool:

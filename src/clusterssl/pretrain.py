@@ -51,7 +51,7 @@ class PretrainConfig(Protocol):
 FREE = frozenset(
     ["data_path", "subset_file", "workers", "max_bad_fraction", "batch_size", "accumulate", "epochs", "base_lr",
      "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init", "dump_path", "checkpoint_freq",
-     "checkpoint_minutes", "log_freq", "stop_on_collapse", "device", "dist_url", "timeout_minutes",
+     "checkpoint_minutes", "log_freq", "stop_on_collapse", "hang_minutes", "device", "dist_url", "timeout_minutes",
      "join_timeout_seconds", "world_size", "rank", "local_rank", "channels_last", "compile", "use_fp16",
      "amp_dtype", "syncbn_process_group_size"]
 )  # fmt: skip
@@ -144,6 +144,7 @@ def assemble(
     method = make_method(wrapped, config, feed)
     flags = plain(config)
     facts = {"global_batch": loader.global_batch, "num_images": feed.num_images}
+    facts["steps_per_epoch"] = loader.batches_per_epoch
     run.open(name, flags, {**facts, "dataset_hash": fingerprint(loader.source)}, frozenset(flags) - FREE)
     _tell(config, loader, model, world)
     optim = config.optim
@@ -216,7 +217,7 @@ def _schedule(config: PretrainConfig, learning_rate: Callable[[int], float]) -> 
     return Schedule(
         epochs=config.optim.epochs, learning_rate=learning_rate, seed=run.seed, log_freq=run.log_freq,
         checkpoint_freq=run.checkpoint_freq, checkpoint_minutes=run.checkpoint_minutes,
-        stop_on_collapse=run.stop_on_collapse,
+        stop_on_collapse=run.stop_on_collapse, hang_minutes=run.hang_minutes,
     )  # fmt: skip
 
 

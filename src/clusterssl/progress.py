@@ -74,7 +74,7 @@ class Progress:
         logger.info(
             "epoch %d, step %d/%d, loss %.4f (ln K %.3f), lr %.3g, %.0f images/s, waiting for data %.0f %%, %s to go",
             record["epoch"], step, self._total, record["loss"], record.get("ln_k", float("nan")), record["lr"],
-            record["images_per_s"], 100 * record["data_wait"], _duration(left), extra=extra,
+            record["images_per_s"], 100 * record["data_wait"], duration(left), extra=extra,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -83,7 +83,8 @@ class Progress:
             self._bar.close()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds, in words."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,11 +1,13 @@
-"""Long computations over all images pause for a moment now and then, to hear whether the run has to end."""
+"""Signs of life: long computations pause now and then to hear whether the run has to end, and show that they move."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _listening: list[Callable[[], None]] = []
+_last: tuple[float, str] = (time.monotonic(), "the start")
 
 
 @contextmanager
@@ -20,5 +22,17 @@ def listening(heed: Callable[[], None]) -> Iterator[None]:
 
 def tick() -> None:
     """A place where the computation may end, reached by all ranks equally often; a collective call."""
+    beat()
     if _listening:
         _listening[-1]()
+
+
+def beat(place: str = "") -> None:
+    """Show that this process moves; `place` says in words where it is, where that has changed."""
+    global _last
+    _last = (time.monotonic(), place or _last[1])
+
+
+def last() -> tuple[float, str]:
+    """When this process last showed that it moves, by `time.monotonic`, and where."""
+    return _last

@@ -73,7 +73,7 @@ def save_checkpoint(state: dict[str, Any], path: Path, *, keep_previous_as: Path
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file onto the CPU without ever running code from it (`weights_only=True`).
+    """Read a checkpoint file onto the CPU without ever running code from it (`weights_only=True`, or safetensors).
 
     Raises:
         UserError: no such file; truncated or foreign file; a file that holds pickled objects.
@@ -81,6 +81,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file; check the path")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on old or foreign pickle protocols help nobody
@@ -94,6 +96,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint dictionary")
     return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Tensors under "state_dict", and under "model" what the file says of its network."""
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise UserError(f"{path}: needs safetensors; run pip install safetensors") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # the library's error is none of Python's
+        raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+    return {"state_dict": tensors, "model": {key: about[key] for key in ("arch", "stem") if key in about}}
 
 
 class _Queue:

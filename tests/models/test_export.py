@@ -19,6 +19,7 @@ from clusterssl.models.exported import Exported
 from clusterssl.models.headed import build_headed
 from clusterssl.models.network import Network
 from clusterssl.models.selfclassifier import build_selfclassifier
+from clusterssl.models.weights import backbone_from_weights, model_from_weights
 from tests.models.golden import filled, images
 
 
@@ -262,3 +263,18 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output .* cannot be written"):
         export(source, ["torchscript"], tmp_path / "file")
+
+
+def test_safetensors_are_read_as_any_checkpoint(tmp_path: Path) -> None:
+    network = networks()["selfclassifier"]
+    of(network, "conv4w4", "small")
+    whole = Exported(network.backbone, "conv4w4", "small", (24, 24), name="net", network=network.eval())
+    (path,) = export(whole, ["safetensors"], tmp_path)
+    read = model_from_weights(str(path))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor), name
+    (folder,) = export(exported("resnet18"), ["huggingface"], tmp_path)
+    assert backbone_from_weights(str(folder / "model.safetensors")).arch_name == "resnet18"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"net\.safetensors: not a readable safetensors file"):
+        model_from_weights(str(path))

@@ -59,7 +59,8 @@ FORMATS: dict[str, Format] = {
     ),
     "safetensors": Format(
         "{name}.safetensors", writers.write_safetensors, writers.load_safetensors, names_of.no_safetensors,
-        'weights = safetensors.torch.load_file("{file}"); the model card beside it says what they are', heads=True,
+        'weights = safetensors.torch.load_file("{file}"), or --pretrained {file} here; the card beside it says more',
+        heads=True,
     ),
     "huggingface": Format(
         "{name}.huggingface", writers.write_folder, writers.load_folder, names_of.no_folder,

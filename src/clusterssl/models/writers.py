@@ -152,7 +152,7 @@ def load_onnx(exported: Exported, path: Path) -> Features | None:
     """onnxruntime's outputs."""
     if absent("onnxruntime"):
         return None
-    import onnxruntime  # type: ignore[import-untyped,unused-ignore]
+    import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(x) for x in session.run(None, {"images": images.numpy()})]

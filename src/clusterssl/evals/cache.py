@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clusterssl import dist
-from clusterssl.data import BadImageError, Source, resize_for
+from clusterssl.data import STD, BadImageError, Source, resize_for
 from clusterssl.data import fingerprint as names_hash
 from clusterssl.errors import UserError
 from clusterssl.evals.features import Unreadable, extract, feature_batches, tell_left_out
@@ -81,6 +81,8 @@ class Extraction:
         workers: loader processes of this rank.
         device: where to compute.
         folder: of the kept features; empty for none.
+        std: of the channels, for the normalisation.
+        ten_crops: features B x 10 x ... of ten crops instead of the centre's.
     """
 
     network: nn.Module
@@ -91,6 +93,8 @@ class Extraction:
     workers: int = 0
     device: torch.device | str = "cpu"
     folder: str = ""
+    std: Sequence[float] = STD
+    ten_crops: bool = False
 
     def of(self, source: Source, what: str, indices: NDArray[np.int64] | None = None) -> Features:
         """Features of all images or of those at the positions `indices` (ascending), on every rank. A collective.
@@ -121,7 +125,8 @@ class Extraction:
     def _extract(self, source: Source, what: str, chosen: NDArray[np.int64], **more: Any) -> tuple[Tensor, Tensor]:
         return extract(
             self.network, source, image_size=self.image_size, resize=self.resize, batch_size=self.batch_size,
-            workers=self.workers, device=self.device, indices=chosen, what=what, **more,
+            workers=self.workers, device=self.device, indices=chosen, std=self.std, what=what,
+            ten_crops=self.ten_crops, **more,
         )  # fmt: skip
 
     def _facts(self, source: Source) -> dict[str, Any]:
@@ -129,6 +134,7 @@ class Extraction:
         return {
             "format": _FORMAT, "network": fingerprint(self.network), "part": self.part, "data": data_hash(source),
             "images": len(source), "image_size": list(self.image_size), "resize": resize,
+            "std": list(self.std), "crops": "ten" if self.ten_crops else "centre",
         }  # fmt: skip
 
     def _write(self, entry: Entry, source: Source, what: str) -> None:
@@ -138,9 +144,11 @@ class Extraction:
         network = self.network.to(torch.device(self.device)).eval()
         with torch.no_grad():
             shape = tuple(network(torch.zeros(1, 3, *self.image_size, device=self.device)).shape[1:])
+        shape = (10, *shape) if self.ten_crops else shape
         batches = feature_batches(
             network, source, rows[first:last], image_size=self.image_size, resize=self.resize,
-            batch_size=self.batch_size, workers=self.workers, device=self.device, ledger=ledger, what=what,
+            batch_size=self.batch_size, workers=self.workers, device=self.device, ledger=ledger, std=self.std,
+            what=what, ten_crops=self.ten_crops,
         )  # fmt: skip
         entry.write((len(rows), *shape), first, batches)
         tell_left_out(torch.from_numpy(ledger.readable(rows[first:last])), what)

@@ -62,7 +62,7 @@ def main() -> None:
     setup = first_setup(config, next(iter(names)))
     title = f"Evaluations on {config.data.val_split} of {config.data.data_path}, percent"
     for pretrained, name in names.items():
-        comparison.evaluate(name, setup.of(pretrained, str(folder / name)), config.protocol)
+        comparison.evaluate(name, pretrained, setup, config.protocol)
         log_to_screen(setup.world)
         paths = comparison.write(folder, title)
     logger.info("\n%s\n\nwritten: %s", comparison.table(title).text(), ", ".join(map(str, paths)))

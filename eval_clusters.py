@@ -23,7 +23,7 @@ from clusterssl import dist
 from clusterssl.evals import inputs
 from clusterssl.evals.cache import CacheOptions
 from clusterssl.evals.cluster_pages import PictureOptions, write_pages
-from clusterssl.evals.clusters import ClusterOptions, find_clusters, open_hierarchies, records
+from clusterssl.evals.clusters import ClusterOptions, find_clusters, open_hierarchies, records, shown
 from clusterssl.evals.setup import open_setup
 
 logger = logging.getLogger("clusterssl.eval_clusters")
@@ -51,11 +51,8 @@ def main() -> None:
     hierarchies = open_hierarchies(setup, config.clusters)
     for found in find_clusters(setup, config.clusters):
         rows = records(found, hierarchies)
-        logger.info("%s, %d images of %s", found.title, len(found.labels_N), config.data.val_split)
-        logger.info("classes         accuracy     nmi     ami     ari")
+        logger.info("%s", shown(found, rows, config.data.val_split).text())
         for row in rows:
-            numbers = [row[name] for name in ("accuracy", "nmi", "ami", "ari")]
-            logger.info("%-14s  %8.2f  %6.2f  %6.2f  %6.2f", row["superclass"][-14:] or row["classes"], *numbers)
             setup.record("clusters", row)
         if setup.world.is_main:
             for path in write_pages(found, setup.val, rows, config.pictures, Path(config.dump_path), config.seed):

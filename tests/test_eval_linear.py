@@ -18,6 +18,7 @@ from clusterssl import config as cfg
 from clusterssl import dist
 from clusterssl.data import open_source
 from clusterssl.errors import UserError
+from clusterssl.evals import probing
 from clusterssl.evals.classifier import LinearClassifier, Pooled, epoch_order
 from clusterssl.evals.probing import Probing, presets
 from clusterssl.evals.setup import open_setup
@@ -159,11 +160,11 @@ def test_every_epoch_sees_other_crops_of_every_image() -> None:
     config = cfg.parse(eval_linear.Config, words)
     sys.argv = ["eval_linear.py", *words]
     setup = open_setup(config.launch, config.network, config.data, dump_path=".", seed=config.seed)
-    probing = Probing(setup, config.classifier, config.optim)
-    probing.prepare()
+    linear = Probing(setup, config.classifier, config.optim)
+    linear.prepare()
     by_image = []
     for epoch in range(2):
-        steps = list(probing.steps(epoch))
+        steps = list(linear.steps(epoch))
         assert [len(step.labels) for step in steps] == [16, 16, 16, 12]  # the incomplete step is kept
         by_image.append(torch.empty(60, 16))
         by_image[-1][epoch_order(60, config.seed, epoch)] = torch.cat([step.features for step in steps])
@@ -206,6 +207,18 @@ def test_ten_crops_and_testing_late(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "ten" / "metrics.jsonl").read_text().splitlines()]
     assert [line["val_loss"] is None for line in lines] == [True, False, False]
     assert crops["best"]["epoch"] > 1 and crops["best"]["val_loss"] != plain["best"]["val_loss"]
+
+
+def test_test_features_too_large_for_memory_are_made_anew_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    flags = [*SYNTHETIC, "--image_size", 20, "--lr", 3, "--layers", "conv2", "conv4", "--tencrops"]
+    held = run(tmp_path / "held", *flags)
+    monkeypatch.setattr(probing, "HELD", 100)
+    streamed = run(tmp_path / "streamed", *flags)
+    assert streamed["best"]["layers"].keys() == held["best"]["layers"].keys()
+    for layer, scores in held["best"]["layers"].items():
+        assert streamed["best"]["layers"][layer] == pytest.approx(scores, rel=1e-6)
 
 
 def test_statistics_of_batches_move_and_belong_to_the_checkpoint(tmp_path: Path) -> None:

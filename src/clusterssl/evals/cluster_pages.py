@@ -87,7 +87,9 @@ def write_pages(
         table_of("Agreement with classes and superclasses, percent", records),
         _mistakes(found, source.classes),
     ]
-    write_page(paths[1], title=f"Clusters: {found.title}", lead=_lead(whole), tables=tables, galleries=galleries)
+    write_page(
+        paths[1], title=f"Clusters: {found.title}", lead=_lead(whole, options), tables=tables, galleries=galleries
+    )
     return paths
 
 
@@ -130,13 +132,16 @@ def _mistakes(found: Found, classes: Sequence[str]) -> Table:
     return Table("Most frequent mistakes", ("class", "taken for", "images", "share of the class"), rows)
 
 
-def _lead(table: ClusterTable) -> str:
+def _lead(table: ClusterTable, options: PictureOptions) -> str:
     pure, empty = int((table.accuracy_P >= 0.9).sum()), int((table.accuracy_P < 0.1).sum())
     right = (table.accuracy_P * table.images_P).sum() / table.images_P.sum()
+    enough = int((table.images_P >= options.num_samples_per_class).sum())
+    pictures = f" Pictures are of the {enough} clusters with {options.num_samples_per_class} images or more."
     return (
         f"{len(table.cluster_P)} clusters hold {table.images_P.sum()} images, {table.images_P.min()} to "
         f"{table.images_P.max()} each. {right:.1%} of the images are of the class that their cluster stands for; "
         f"{pure} clusters are right for 90 % of their images or more, {empty} for less than 10 %."
+        + (pictures if options.num_classes else "")
     )
 
 

@@ -147,7 +147,7 @@ def table_of_clusters(
     images_P = found.counts_PC.sum(1)
     right_PC = above_C[found.class_C][None] == above_C[found.class_P][:, None]
     share_PC = found.counts_PC / images_P[:, None]
-    entropy_P = -(share_PC * np.log(np.where(share_PC > 0, share_PC, 1.0))).sum(1)
+    entropy_P = (share_PC * np.log(1 / np.where(share_PC > 0, share_PC, 1.0))).sum(1)
     accuracy_P = (found.counts_PC * right_PC).sum(1) / images_P
     table = ClusterTable(found.cluster_P, above_C[found.class_P], images_P, accuracy_P, entropy_P)
     order = np.argsort(-accuracy_P, kind="stable")

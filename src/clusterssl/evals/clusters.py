@@ -26,6 +26,7 @@ from clusterssl.evals.hierarchy import Hierarchy, open_hierarchy
 from clusterssl.evals.setup import Clusters, Embedding, Setup
 from clusterssl.evals.subsets import labelled
 from clusterssl.models.network import Network
+from clusterssl.report import Table
 
 logger = logging.getLogger(__name__)
 
@@ -183,3 +184,18 @@ def records(found: Found, hierarchies: list[Hierarchy]) -> list[dict[str, Any]]:
             **superclass_agreement(found.clusters_N, found.labels_N, hierarchy.of_C),
         })  # fmt: skip
     return rows
+
+
+def shown(found: Found, rows: list[dict[str, Any]], split: str) -> Table:
+    """What `records` gives, for the screen."""
+    names = {"accuracy": "accuracy", "hungarian_accuracy": "hungarian", "label_accuracy": "label"}
+    names |= {name: name for name in ("nmi", "ami", "ari")}
+    lines = tuple(
+        (row["superclass"] or str(row["classes"]), *(f"{row[name]:.2f}" if name in row else "-" for name in names))
+        for row in rows
+    )
+    about = rows[0]
+    title = f"{found.title}: {about['clusters_used']} clusters hold the {about['images']} images of {split}, percent"
+    more = "majority_accuracy" in about
+    note = "more clusters than classes: those left over count as their most frequent class, under hungarian as wrong"
+    return Table(title, ("classes", *names.values()), lines, note if more else "")

@@ -31,6 +31,7 @@ from clusterssl.models.heads import prototypes
 logger = logging.getLogger(__name__)
 
 _IMAGES_AT_A_TIME = 256
+_FEW_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,14 @@ def finetune(
     tuning = Finetuning(setup, options)
     run = ClassifierRun("eval_semisup", dump_path or setup.dump_path, setup.world)
     run.open({key: value for key, value in flags.items() if key != "label_list"}, tuning.facts())
-    steps = options.batch_size * setup.world.size
-    logger.info("%d labelled images, %d a step (published: 256)", len(tuning.chosen), steps)
+    each = options.batch_size * setup.world.size
+    steps = -(-len(tuning.chosen) // each) * options.epochs
+    logger.info(
+        "%d labelled images, %d a step, %d steps in all (published: 256 a step; 10,020 with 10 %%, 1,020 with 1 %%)",
+        len(tuning.chosen), each, steps,
+    )  # fmt: skip
+    if steps < _FEW_STEPS:
+        logger.warning("warning: %d steps may be too few for these rates; raise --epochs (and --decay_epochs)", steps)
     best = run.fit(tuning.net, tuning.optimizer, options.epochs, tuning.epoch, len(tuning.chosen), tuning.about)
     labels = {"labels_perc": options.labels_perc, "label_list": options.label_list, "seed": setup.seed}
     return [{**best, **labels, "labelled_images": len(tuning.chosen)}]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clusterssl.config import require
-from clusterssl.evals.cache import Features
+from clusterssl.evals.keeping import Features
 from clusterssl.evals.knn import check_flags, knn_accuracy, memory_mib
 from clusterssl.evals.setup import Embedding, Setup
 from clusterssl.evals.subsets import LabelOptions

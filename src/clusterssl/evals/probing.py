@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from clusterssl.config import require
 from clusterssl.data import resize_for
 from clusterssl.evals import classifier as heads
-from clusterssl.evals.cache import Extraction
+from clusterssl.evals.cache import HELD, Extraction
 from clusterssl.evals.features import augmented_steps
 from clusterssl.evals.layers import LayerFeatures, Probes, track_batches
 from clusterssl.evals.linear import draw_labels
@@ -142,7 +142,10 @@ class Probing:
     def prepare(self) -> None:
         """Compute what stays the same in all epochs: test features, and training features unless crops are random."""
         data, device = self.setup.data, self.setup.world.device
-        self.val = None if self.norms else self._extraction(self.options.tencrops).own(self.setup.val, data.val_split)
+        tested = self._extraction(self.options.tencrops)
+        share = -(-len(self.setup.val) // self.setup.world.size)
+        streamed = self.norms or (not tested.folder and tested.size(share) > HELD)
+        self.val = None if streamed else tested.own(self.setup.val, data.val_split)
         train = self._extraction().of(self.setup.train, "train", self._part()) if self.in_memory else None
         self.train = None if train is None else (train.rows, train.labels)
         held = [x.numel() * x.element_size() for pair in (self.val, self.train) if pair for x in pair]
@@ -171,7 +174,7 @@ class Probing:
         extraction = self.setup.extraction(
             None if part == "backbone" else self.features, part, ten_crops=ten_crops
         )  # fmt: skip
-        return replace(extraction, folder="") if self.norms else extraction
+        return replace(extraction, folder="", spill="") if self.norms else extraction
 
     def _classifier(self) -> nn.Module:
         classes, seed, options = len(self.setup.train.classes), self.setup.seed, self.options
@@ -228,9 +231,11 @@ class Probing:
         return before_step
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and labels of this rank's test images; computed anew where the network's statistics move."""
-        split = self.setup.data.val_split
-        rows, labels = self.val or self._extraction(self.options.tencrops).own(self.setup.val, split)
+        """Features and labels of this rank's test images; computed anew where they are too many or ever others."""
+        if self.val is None:
+            yield from self._extraction(self.options.tencrops).stream(self.setup.val, self.setup.data.val_split)
+            return
+        rows, labels = self.val
         size = _IMAGES_AT_A_TIME // (10 if self.options.tencrops else 1)
         yield from zip(rows.split(size), labels.split(size), strict=True)
 

@@ -121,14 +121,22 @@ class Comparison:
     records: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    def evaluate(self, name: str, setup: Setup, options: ProtocolOptions) -> None:
-        """Run all protocols on one checkpoint; what one cannot do is noted, and the others go on."""
-        row = self.rows.setdefault(name, {})
+    def evaluate(self, name: str, pretrained: str, setup: Setup, options: ProtocolOptions) -> None:
+        """Run all protocols on one checkpoint; what one cannot do is noted, and the others go on.
+
+        Args:
+            name: of the checkpoint in the table.
+            pretrained: its file.
+            setup: the images, and any network; `setup.dump_path` gets a folder for this checkpoint.
+            options: protocols.
+        """
+        row, folder = self.rows.setdefault(name, {}), str(Path(setup.dump_path) / name)
         for protocol in options.protocols:
             logger.info("=== %s: %s", name, protocol)
             try:
-                for kind, record, columns in PROTOCOLS[protocol](setup.reopened(), options):
-                    setup.record(kind, record)
+                own = setup.of(pretrained, folder)
+                for kind, record, columns in PROTOCOLS[protocol](own, options):
+                    own.record(kind, record)
                     self.records.append({"checkpoint": name, "protocol": protocol, **record})
                     row |= columns
             except UserError as error:

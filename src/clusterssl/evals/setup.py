@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -83,8 +84,8 @@ class Setup:
         return Extraction(
             self.network.backbone if network is None else network, self.network.image_size, part,
             batch_size=batch_size, workers=self.data.usable_workers, device=self.world.device,
-            folder=self.cache.cache_features, std=self.network.std,
-            ten_crops=ten_crops,
+            folder=self.cache.cache_features, std=self.network.std, ten_crops=ten_crops,
+            spill=str(Path(self.dump_path) / "features"),
         )  # fmt: skip
 
     def whole_network(self) -> WholeNetwork:

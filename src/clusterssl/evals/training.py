@@ -145,6 +145,8 @@ class ClassifierRun:
             numbers["epoch"], epochs, numbers["lr"], numbers["loss"], numbers["top1"], numbers["top5"],
             self.best["top1"], self.best["epoch"], speed,
         )  # fmt: skip
+        if layers := numbers.get("layers"):
+            logger.info("  top-1 of %s", ", ".join(f"{name} {scores['top1']:.2f}" for name, scores in layers.items()))
 
     def _save(
         self, classifier: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, improved: bool,

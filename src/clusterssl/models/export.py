@@ -184,6 +184,8 @@ def verify(exported: Exported, name: str, path: Path) -> float | None:
 
 def usage(exported: Exported, name: str, path: Path | str) -> str:
     """How to load a file of a format."""
+    if name == "huggingface" and not names_of.timm_arch(exported):
+        return f'model = clusterssl.hub.backbone("{Path(path) / "model.safetensors"}")'
     arch = names_of.torchvision_arch(exported) or exported.arch
     return FORMATS[name].use.format(
         file=path, arch=arch, timm=names_of.timm_arch(exported),

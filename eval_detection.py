@@ -89,7 +89,7 @@ def train(
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
     detection.check_metric()
-    world = dist.join(device=config.launch.device, dist_url=config.launch.dist_url)
+    world = config.launch.join()
     log_to_screen(world)
     options = config.detection
     images, test = open_sets(options.data_path, options.voc_years, options.detector == "mask_rcnn")

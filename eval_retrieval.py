@@ -84,7 +84,7 @@ def report(config: Config, network: inputs.Network, benchmark: Benchmark, found:
 def main() -> None:
     words = cfg.translate(sys.argv[1:], {"model": "pretrained", "dataset": "data_path"})
     config = cfg.parse(Config, words, description=__doc__)
-    world = dist.join(device=config.launch.device, dist_url=config.launch.dist_url)
+    world = config.launch.join()
     log_to_screen(world)
     benchmark, other = Benchmark(config.retrieval.data_path), other_images(config.retrieval)
     network = inputs.open_network(config.network, data_path=config.retrieval.data_path, seed=config.retrieval.seed)

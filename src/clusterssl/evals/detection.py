@@ -21,6 +21,7 @@ from clusterssl.errors import UserError
 from clusterssl.evals import inputs
 from clusterssl.evals.detection_data import DetectionSet, Target, object_batches
 from clusterssl.evals.detectors import CountedSampler, Detector, set_size
+from clusterssl.evals.pace import paced
 from clusterssl.evals.steps import steps_from, sum_gradients
 
 Batch = tuple[list[tuple[Tensor, Target, int]], int]
@@ -128,7 +129,8 @@ def detections(model: nn.Module, images: DetectionSet, device: torch.device, wor
     """Prediction and target of every image of this rank's share, on the CPU."""
     first, last = dist.share(len(images.images))
     keys = [[(0, i)] for i in range(first, last)]
-    for ((image, target, _),) in checked(object_batches(images, keys, training=False, seed=0, workers=workers)):
+    batches = checked(object_batches(images, keys, training=False, seed=0, workers=workers))
+    for ((image, target, _),) in paced(batches, len(keys), "testing"):
         (found,) = model([image.to(device, torch.float32) / 255])
         found = {name: tensor.cpu() for name, tensor in found.items()}
         if "masks" in found:

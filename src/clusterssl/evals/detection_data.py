@@ -100,7 +100,7 @@ def _voc_objects(path: Path, years: Sequence[int], split: str) -> tuple[list[Pat
     images: list[Path] = []
     entries: list[Any] = []
     for year in years:
-        folder = voc_folder(path, f"VOC{year}", "--data_path")
+        folder = _year(path, year, [other for other in years if other != year])
         listed = folder / "ImageSets" / "Main" / f"{split}.txt"
         try:
             names = listed.read_text().split()
@@ -111,6 +111,15 @@ def _voc_objects(path: Path, years: Sequence[int], split: str) -> tuple[list[Pat
                 entries.append((len(images), box, word, ignored, (box[2] - box[0]) * (box[3] - box[1]), None))
             images.append(folder / "JPEGImages" / f"{name}.jpg")
     return images, entries
+
+
+def _year(path: Path, year: int, others: Sequence[int]) -> Path:
+    try:
+        return voc_folder(path, f"VOC{year}", "--data_path")
+    except UserError as error:
+        without = f"; without it give --voc_years {' '.join(map(str, others))}" if others else ""
+        coco = ", or annotations, train2017 and val2017 of COCO" if path.is_dir() else ""
+        raise UserError(f"{error}{coco}{without}") from error
 
 
 def _coco(path: Path, split: str, masks: bool) -> DetectionSet:

@@ -21,6 +21,7 @@ from clusterssl.data.listing import EXTENSIONS
 from clusterssl.data.views import view_batches
 from clusterssl.errors import UserError
 from clusterssl.evals.groundtruth import BROKEN, GroundTruth, read_ground_truth, read_original
+from clusterssl.evals.pace import paced
 from clusterssl.evals.pooling import Moments, Pooling, described, pooled
 from clusterssl.evals.vocdevkit import ImageFiles
 from clusterssl.models.trunks import ConvTrunk
@@ -194,7 +195,8 @@ class Describer:
         first, last = dist.share(len(images))
         keys = [[(0, i)] for i in range(first, last)]
         cut = Whole(self.options.S, tuple(boxes))
-        for views, index in view_batches(images, keys, cut, workers=workers, device=self.device, std=self.std):
+        batches = view_batches(images, keys, cut, workers=workers, device=self.device, std=self.std)
+        for views, index in paced(batches, len(keys), "descriptors"):
             yield int(index), self.vectors(views[0])
 
     def whitening(self, images: ImageFiles, workers: int) -> tuple[Tensor, Tensor]:

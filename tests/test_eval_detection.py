@@ -55,6 +55,7 @@ def test_two_steps_and_an_evaluation_on_real_images(tmp_path: Path, name: str, k
     assert ("segm_map" in record) == (kind == "mask_rcnn")
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tiny_voc(tmp_path / "data", {"trainval": 7, "test": 4})
     flags = [*TINY, "--data_path", data, "--steps", 5, "--lr_steps", 4, "--checkpoint_every", 3]

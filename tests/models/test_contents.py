@@ -18,6 +18,7 @@ from torch import Tensor
 from clusterssl.errors import UserError
 from clusterssl.models.build import build_backbone, build_model
 from clusterssl.models.contents import contents
+from clusterssl.models.exported import detectron2_names
 from clusterssl.models.headed import HeadedNet
 from clusterssl.models.weights import backbone_from_weights, load_backbone, model_from_weights, published_state_dict
 from tests.models.golden import published_names
@@ -129,6 +130,13 @@ def test_a_classifier_alone_is_named(tmp_path: Path) -> None:
             read(str(tmp_path / "linear.pth"))
     told = contents(str(tmp_path / "linear.pth"))
     assert told["what"] == "a linear classifier" and "512 features to 9 classes" in told["network"]
+
+
+def test_detectron2_names_are_named(tmp_path: Path) -> None:
+    names = detectron2_names({n: t for n, t in torchvision.models.resnet18().state_dict().items() if n[:3] != "fc."})
+    torch.save({"model": names, "matching_heuristics": True}, tmp_path / "detectron2.pth")
+    with pytest.raises(UserError, match=r"has detectron2's names; give the checkpoint"):
+        load_backbone(build_backbone("resnet18"), str(tmp_path / "detectron2.pth"))
 
 
 def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:

@@ -64,4 +64,6 @@ def no_network(state: Mapping[str, Any]) -> str:
             f"it is the linear classifier of an evaluation ({inputs} features to {classes} classes), without the "
             "network; give the checkpoint that was evaluated"
         )
+    if "stem.conv1.weight" in state and any(name.startswith("res2.") for name in state):
+        return "it has detectron2's names; give the checkpoint that it was exported from"
     return ""

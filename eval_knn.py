@@ -5,6 +5,7 @@ votes with weight exp(cosine similarity / temperature).
 
     python eval_knn.py --pretrained runs/mine/checkpoint.pth.tar --data_path /imagenet
     torchrun --nproc_per_node=8 eval_knn.py --pretrained swav_800ep_pretrain.pth.tar --data_path /imagenet
+    python eval_knn.py --pretrained sc_800ep.pth.tar --data_path /imagenet --use_mlp --label_subset 10
 """
 
 from __future__ import annotations
@@ -16,39 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from torch import Tensor
-
 from clusterssl import config as cfg
 from clusterssl import dist
-from clusterssl.data import Source
-from clusterssl.dist import World
 from clusterssl.evals import inputs
-from clusterssl.evals.features import extract
-from clusterssl.evals.knn import check_flags, knn_accuracy, memory_mib
-from clusterssl.log import log_to_screen
+from clusterssl.evals.cache import CacheOptions
+from clusterssl.evals.neighbours import KnnOptions, nearest_neighbours
+from clusterssl.evals.setup import open_setup
+from clusterssl.evals.subsets import LabelOptions
 
 logger = logging.getLogger("clusterssl.eval_knn")
-
-
-@dataclass(frozen=True)
-class KnnOptions:
-    """Neighbours."""
-
-    nb_knn: tuple[int, ...] = (10, 20, 100, 200)
-    """numbers of neighbours k"""
-    temperature: float = 0.1
-    """of the votes' weights"""
-    batch_size: int = 256
-    """images per rank and forward pass"""
-    dump_path: str = "."
-    """folder where the result is appended to evaluations.jsonl"""
-    seed: int = 31
-    """of the random weights, when there is no --pretrained"""
-
-    def __post_init__(self) -> None:
-        problem = check_flags(self.nb_knn, self.temperature)
-        cfg.require(not problem, problem)
-        cfg.require(self.batch_size > 0, f"--batch_size {self.batch_size}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -56,50 +33,29 @@ class Config:
     network: inputs.NetworkOptions = inputs.NetworkOptions()
     data: inputs.DataOptions = inputs.DataOptions()
     knn: KnnOptions = KnnOptions()
+    labels: LabelOptions = LabelOptions()
+    cache: CacheOptions = CacheOptions()
     launch: inputs.LaunchOptions = inputs.LaunchOptions()
-
-
-def features_of(
-    source: Source, network: inputs.Network, config: Config, world: World, what: str
-) -> tuple[Tensor, Tensor]:
-    """Features of all images on every rank, and their labels."""
-    return extract(
-        network.backbone, source, image_size=network.image_size, batch_size=config.knn.batch_size,
-        workers=config.data.usable_workers, device=world.device, what=what,
-    )  # fmt: skip
-
-
-def neighbours(
-    config: Config, world: World, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]
-) -> dict[int, tuple[float, float]]:
-    """Accuracies per k."""
-    options = config.knn
-    held = sum(x.numel() * x.element_size() for pair in (train, val) for x in pair) / 2**20
-    more = memory_mib(len(train[0]), len(val[0]), max(options.nb_knn), feature_dim=train[0].shape[1])
-    logger.info("memory: features %.1f MiB on every rank, the search at most about %.1f MiB more", held, more)
-    return knn_accuracy(*train, *val, ks=options.nb_knn, temperature=options.temperature, device=world.device)
-
-
-def report(config: Config, network: inputs.Network, table: dict[int, tuple[float, float]]) -> None:
-    """Show the table and append it to evaluations.jsonl."""
-    data, options = config.data, config.knn
-    logger.info("k-NN on %s of %s, temperature %g", data.val_split, data.data_path, options.temperature)
-    logger.info("     k   top-1   top-5")
-    for k, (top1, top5) in table.items():
-        logger.info("%6d  %6.2f  %6.2f", k, top1, top5)
-        numbers = {"k": k, "top1": top1, "top5": top5, "temperature": options.temperature}
-        inputs.append_evaluation(options.dump_path, "knn", numbers, network, config.network, data)
+    dump_path: str = "."
+    """folder where the result is appended to evaluations.jsonl"""
+    seed: int = 31
+    """of the draw of labels, and of the random weights when there is no --pretrained"""
 
 
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
-    world = config.launch.join()
-    log_to_screen(world)
-    train, val = inputs.open_splits(config.data)
-    network = inputs.open_network(config.network, data_path=config.data.data_path, seed=config.knn.seed)
-    train_features = features_of(train, network, config, world, "train")
-    val_features = features_of(val, network, config, world, config.data.val_split)
-    report(config, network, neighbours(config, world, train_features, val_features))
+    setup = open_setup(
+        config.launch, config.network, config.data, dump_path=config.dump_path, seed=config.seed, cache=config.cache
+    )
+    records = nearest_neighbours(setup, config.knn, config.labels)
+    logger.info(
+        "k-NN on %s of %s, temperature %g, %d labelled images",
+        config.data.val_split, config.data.data_path, config.knn.temperature, records[0]["labelled_images"],
+    )  # fmt: skip
+    logger.info("     k   top-1   top-5")
+    for record in records:
+        logger.info("%6d  %6.2f  %6.2f", record["k"], record["top1"], record["top5"])
+        setup.record("knn", record)
     dist.leave()
 
 

@@ -115,7 +115,9 @@ def main() -> None:
     protocol = Protocol(config, world, network, train, test)
     for numbers in protocol.svms() if config.svm.svm else protocol.trained():
         told = ", ".join(f"{key} {value:.2f}" for key, value in numbers.items() if isinstance(value, float))
-        logger.info("VOC2007 %s: %s", options.data.val_split, told)
+        shots = numbers.get("shots", 0)
+        few = f", {shots} images a class, mean of {numbers['draws']} draws" if shots else ""
+        logger.info("VOC2007 %s%s: %s", options.data.val_split, few, told)
         inputs.append_evaluation(options.dump_path, numbers.pop("kind"), numbers, network, config.network, options.data)
     dist.leave()
 

@@ -74,14 +74,19 @@ def save_checkpoint(state: dict[str, Any], path: Path, *, keep_previous_as: Path
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file onto the CPU without ever running code from it (`weights_only=True`).
+    """Read a checkpoint file onto the CPU without ever running code from it (`weights_only=True`, or safetensors).
 
     Raises:
         UserError: no such file; truncated or foreign file; a file that holds pickled objects.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = next((name for name in _USUAL if (path / name).is_file()), "the checkpoint file in it")
+        raise UserError(f"{path}: is a folder; give {path / inside if inside in _USUAL else inside}")
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file; check the path")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on old or foreign pickle protocols help nobody
@@ -90,6 +95,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, {_why_refused(error)}") from error
     except Exception as error:  # a damaged file can fail anywhere inside the reader
+        packed = _packed(path)
+        if packed:
+            raise UserError(f"{path}: an archive of {packed}; unpack it and give one of these files") from error
         why = f"truncated or of another kind ({first_line(error)})"
         raise UserError(f"{path}: not a readable checkpoint, {why}") from error
     if not isinstance(state, dict):
@@ -110,6 +118,37 @@ def check_sums(path: Path) -> None:
         raise UserError(f"{path}: not a readable checkpoint, truncated or damaged ({first_line(error)})") from error
     if torn:
         raise UserError(f"{path}: damaged, {torn} does not match its checksum")
+
+
+_USUAL = ("checkpoint.pth.tar", "model.safetensors")
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Tensors under "state_dict", and under "model" what the file says of its network."""
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise UserError(f"{path}: needs safetensors; run pip install safetensors") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # the library's error is none of Python's
+        raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+    told: dict[str, Any] = {key: about[key] for key in ("arch", "stem") if key in about}
+    if re.fullmatch(r"\d+x\d+", about.get("image_size", "")):
+        told["size_crops"] = [[int(side) for side in about["image_size"].split("x")]]
+    return {"state_dict": tensors, "model": told}
+
+
+def _packed(path: Path) -> str:
+    """Names of the first files in a zip archive that is none of torch's, "" for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+    except (OSError, zipfile.BadZipFile):
+        return ""
+    ours = any(name.endswith(("/data.pkl", "/version")) for name in names)
+    return "" if ours else ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
 
 
 class _Queue:

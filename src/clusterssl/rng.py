@@ -30,6 +30,7 @@ class Stream(IntEnum):
     BALANCE = 6
     LABELS = 7
     DROPOUT = 8
+    DETECTION = 9
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

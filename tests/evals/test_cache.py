@@ -16,8 +16,9 @@ from torch import nn
 from clusterssl.data import Source, open_source
 from clusterssl.errors import UserError
 from clusterssl.evals import cache
-from clusterssl.evals.cache import Extraction, Features
+from clusterssl.evals.cache import Extraction
 from clusterssl.evals.features import extract
+from clusterssl.evals.keeping import Features
 from tests.ranks import run_ranks
 
 
@@ -150,7 +151,7 @@ def test_a_killed_write_and_a_torn_file_are_computed_anew(tmp_path: Path, caplog
 
     with pytest.raises(KeyboardInterrupt):
         extraction(tmp_path, Killed()).of(source, "train")
-    assert not list(tmp_path.glob("*.json"))
+    assert not list(tmp_path.iterdir())
     assert same(extraction(tmp_path).of(source, "train"), expected)
     (rows,) = tmp_path.glob("[!.]*.npy")
     rows.write_bytes(rows.read_bytes()[:-100])
@@ -160,6 +161,30 @@ def test_a_killed_write_and_a_torn_file_are_computed_anew(tmp_path: Path, caplog
     rows.with_suffix(".json").write_text("{")
     assert same(extraction(tmp_path).of(source, "train"), expected)
     assert json.loads(rows.with_suffix(".json").read_text())["facts"]["images"] == 41
+
+
+def test_what_is_too_much_for_memory_goes_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = synthetic()
+    expected = extraction("").of(source, "train")
+    for held, files in ((41 * 5 * 4, 0), (41 * 5 * 4 - 1, 2)):
+        monkeypatch.setattr(cache, "HELD", held)
+        assert same(extraction("", spill=str(tmp_path / "spill")).of(source, "train"), expected)
+        assert len(list(tmp_path.glob("spill/*"))) == files
+    monkeypatch.setattr(cache, "HELD", 41 * 5 * 4)
+    assert extraction("", spill=str(tmp_path), ten_crops=True).of(source, "train").rows.shape == (41, 10, 5)
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize("ten_crops", [False, True])
+def test_batch_by_batch_they_are_the_same(tmp_path: Path, ten_crops: bool) -> None:
+    folder = photos(tmp_path)
+    if not ten_crops:  # which refuse unreadable images
+        (folder / "bee" / "1.png").write_bytes(b"no image")
+    made, source = extraction("", batch_size=3, ten_crops=ten_crops), open_source(str(folder))
+    rows, labels = (torch.cat(parts) for parts in zip(*made.stream(source, "x"), strict=True))
+    expected = made.own(source, "x")
+    assert len(rows) == (10 if ten_crops else 9) and torch.equal(labels, expected[1])
+    assert torch.equal(rows, expected[0])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -173,6 +198,8 @@ def on_a_rank(rank: int, world_size: int, folder: str) -> list[Any]:
     for count, kept in ((41, folder), (5, folder), (41, ""), (41, folder)):
         features = extraction(kept).of(synthetic(count), "train")
         own, labels = extraction(kept).own(synthetic(count), "train")
+        streamed = [len(rows) for rows, _ in extraction("").stream(synthetic(count), "train")]
+        assert sum(streamed) == (len(own) if not kept else sum(streamed))
         found.append(([part.clone() for part in features], len(own), len(labels)))
     photos_folder = Path(folder).parent / "photos"
     found.append(

@@ -15,13 +15,13 @@ from clusterssl.evals.classifier import (
     LinearClassifier,
     Pooled,
     SyncedBatchNorm2d,
-    epoch_lr,
     epoch_order,
     rows_of_steps,
     steps_in_memory,
     topk_accuracy,
     train_epoch,
 )
+from clusterssl.evals.schedules import epoch_lr, step_lr
 from clusterssl.models.build import build_backbone
 from tests.models.golden import filled, images
 
@@ -86,6 +86,45 @@ def test_schedule_with_a_final_rate_equals_torch() -> None:
         assert found == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         schedule.step()
+
+
+@pytest.mark.parametrize("percent", ["1", "10"])
+def test_published_schedules_of_fine_tuning(percent: str) -> None:
+    with np.load(GOLDEN / "lr_schedules.npz") as arrays:
+        params = json.loads(str(arrays[f"evallin_semisup{percent}_params"]))
+        expected = arrays[f"evallin_semisup{percent}_lr"]
+    for column, name in enumerate(("lr", "lr2")):
+        shape = {"epochs": params["epochs"], "decay_epochs": params["decay"], "gamma": params["gamma"]}
+        found = [
+            epoch_lr(epoch, scheduler_type="step", lr=params[name], **shape) for epoch in range(params["epochs"])
+        ]  # fmt: skip
+        assert found == pytest.approx(expected[:, column].tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("case", ["lincls_pub", "lincls_small"])
+def test_published_schedules_of_selfclassifier(case: str) -> None:
+    with np.load(GOLDEN / "lr_schedules.npz") as arrays:
+        params, expected = json.loads(str(arrays[f"{case}_params"])), arrays[f"{case}_lr"]
+    found = [epoch_lr(epoch, scheduler_type="cosine", **params) for epoch in range(params["epochs"])]
+    assert found == pytest.approx(expected.tolist(), abs=1e-12)
+
+
+def test_published_schedule_of_selas_probes() -> None:
+    with np.load(GOLDEN / "lr_schedules.npz") as arrays:
+        expected = arrays["selaprobe_lr"]
+    found = [
+        epoch_lr(epoch, scheduler_type="step", lr=0.01, epochs=36, decay_epochs=(10, 20, 30)) for epoch in range(36)
+    ]  # fmt: skip
+    assert found == pytest.approx(expected.tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("case", ["dclin_wd1e4", "dclin_wd1e7"])
+def test_published_schedule_of_deepclusters_probes(case: str) -> None:
+    with np.load(GOLDEN / "lr_schedules.npz") as arrays:
+        params = json.loads(str(arrays[f"{case}_params"]))
+        steps, expected = arrays[f"{case}_t"], arrays[f"{case}_lr"]
+    found = [step_lr(int(step), lr=params["lr"], wd=params["weight_decay"]) for step in steps]
+    assert found == pytest.approx(expected.tolist(), rel=1e-9)
 
 
 def test_published_accuracy() -> None:

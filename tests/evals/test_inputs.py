@@ -92,18 +92,32 @@ def picture(path: Path) -> None:
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
 
 
-def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+def test_both_splits_need_the_same_classes(tmp_path: Path) -> None:
     for name in ("ant", "bee", "cat"):
         picture(tmp_path / "train" / name / "0.png")
-    for name in ("bee", "cat"):
-        picture(tmp_path / "val" / name / "0.png")
+        picture(tmp_path / "val" / name / "1.png")
     train, val = open_splits(DataOptions(data_path=str(tmp_path)))
-    assert train.labels.tolist() == [0, 1, 2]
-    assert val.labels.tolist() == [1, 2]
-    assert val.classes == ["ant", "bee", "cat"]
+    assert train.labels.tolist() == val.labels.tolist() == [0, 1, 2]
+    assert train.classes == val.classes == ["ant", "bee", "cat"]
     picture(tmp_path / "val" / "dog" / "0.png")
-    with pytest.raises(UserError, match=r"1 classes of val are not in train \(first: dog\)"):
+    with pytest.raises(UserError, match=r"1 of 4 classes of val are not in train \(first: dog\)"):
         open_splits(DataOptions(data_path=str(tmp_path)))
+    (tmp_path / "val" / "dog").rename(tmp_path / "train" / "dog")
+    (tmp_path / "train" / "eel").mkdir()
+    with pytest.raises(UserError, match=r"1 of 4 classes of train are not in val \(first: dog\)"):
+        open_splits(DataOptions(data_path=str(tmp_path)))
+
+
+def test_a_wrong_layout_is_described(tmp_path: Path) -> None:
+    for name in ("n1", "n2", "test/n1"):
+        picture(tmp_path / name / "0.png")
+    (tmp_path / "labels.txt").touch()
+    with pytest.raises(
+        UserError, match=r"expected train/ and val/, .* found 3 folders \(n1/, n2/, test/\) and 1 files"
+    ):
+        open_splits(DataOptions(data_path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"expected train/ and test/.*found no folders and 1 files"):
+        open_splits(DataOptions(data_path=str(tmp_path / "n1"), val_split="test"))
 
 
 def test_data_that_cannot_be_evaluated(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,12 @@ from torch import Tensor, nn
 
 from clusterssl.errors import UserError
 from clusterssl.models.build import build_backbone, build_model
-from clusterssl.models.export import FORMATS, export, verify
+from clusterssl.models.export import FORMATS, export, usage, verify
 from clusterssl.models.exported import Exported
 from clusterssl.models.headed import build_headed
 from clusterssl.models.network import Network
 from clusterssl.models.selfclassifier import build_selfclassifier
+from clusterssl.models.weights import backbone_from_weights, model_from_weights, read_weights
 from tests.models.golden import filled, images
 
 
@@ -196,12 +199,14 @@ def test_torchscript_needs_torch_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.load(tmp_path / "features.pt"), source.backbone(rows))
 
 
-def test_networks_only_we_have(tmp_path: Path) -> None:
+def test_networks_only_we_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     source = exported("conv4w4", "small", image_size=(24, 24), source="run/checkpoint.pth.tar")
     file, folder = export(source, ["safetensors", "huggingface"], tmp_path)
     card = file.with_name(file.name + ".md").read_text()
     assert "conv4w4, small stem" in card and "24 x 24" in card and "run/checkpoint.pth.tar" in card
     config = json.loads((folder / "config.json").read_text())
+    assert 'clusterssl.hub.backbone("' in usage(source, "huggingface", folder) and "timm" not in caplog.text
     assert config["architecture"] == "conv4w4" and config["stem"] == "small" and config["num_features"] == 32
 
 
@@ -262,3 +267,23 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output .* cannot be written"):
         export(source, ["torchscript"], tmp_path / "file")
+
+
+def test_safetensors_are_read_as_any_checkpoint(tmp_path: Path) -> None:
+    network = networks()["selfclassifier"]
+    of(network, "conv4w4", "small")
+    whole = Exported(network.backbone, "conv4w4", "small", (24, 24), name="net", network=network.eval())
+    (path,) = export(whole, ["safetensors"], tmp_path)
+    read = model_from_weights(str(path))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor), name
+    (folder,) = export(exported("resnet18"), ["huggingface"], tmp_path)
+    assert backbone_from_weights(str(folder / "model.safetensors")).arch_name == "resnet18"
+    assert read_weights(str(path))[1]["size_crops"] == [[24, 24]]
+    for name in ("model.safetensors", "checkpoint.pth.tar"):
+        (folder / name).touch()
+        with pytest.raises(UserError, match=f"is a folder; give .*{re.escape(name)}$"):
+            read_weights(str(folder))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"net\.safetensors: not a readable safetensors file"):
+        model_from_weights(str(path))

@@ -16,6 +16,8 @@ from PIL import Image
 
 from clusterssl.errors import UserError
 from clusterssl.report import Gallery, Table, strip, write_report
+from clusterssl.report.page import write_page
+from clusterssl.report.pictures import grid
 from tests.report.runs import losses, write_lines, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,3 +172,23 @@ def test_script(tmp_path: Path) -> None:
 
 def _grey(value: int) -> np.ndarray:
     return np.full((8, 8), value, dtype=np.uint8)
+
+
+def test_a_page_about_no_run(tmp_path: Path) -> None:
+    out = tmp_path / "clusters.html"
+    gallery = Gallery("Best", (("cluster 3", "nine cats", strip([_grey(1)])),))
+    write_page(out, title=HOSTILE, lead="two", tables=[Table("T", ("a", "b"), (("1", "2"),))], galleries=[gallery])
+    page = page_of(out)
+    assert page.count("img") == 1 and page.count("table") == 1 and HOSTILE in "".join(page.texts)
+    assert not any(words in page.texts for words in ("In words", "Training", "How it was made"))
+    with pytest.raises(UserError, match="no such folder"):
+        write_page(tmp_path / "none" / "x.html", title="x")
+
+
+def test_a_grid_of_pictures() -> None:
+    rows = [[np.full((9, 9, 3), value, np.uint8) for value in (10, 20)], [np.full((9, 9), 30, np.uint8)]]
+    with Image.open(io.BytesIO(grid(rows, side=8, border=1, gap=3))) as sheet:
+        pixels = np.asarray(sheet)
+    assert pixels.shape == (2 * 10 + 3 * 3, 2 * 10 + 2 * 3, 3)
+    assert (pixels[3, 3:23] == 0).all() and (pixels[4:12, 4:12] == 10).all() and (pixels[4:12, 14:22] == 20).all()
+    assert (pixels[17:25, 4:12] == 30).all() and (pixels[13:, 13:] == 255).all() and (pixels[:3] == 255).all()

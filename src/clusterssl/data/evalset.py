@@ -25,6 +25,7 @@ from clusterssl.data.multicrop import MultiCrop
 from clusterssl.data.params import Param
 from clusterssl.data.source import Source
 from clusterssl.errors import UserError
+from clusterssl.rng import Stream, uniform
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def eval_batches(
     ledger: BadImages | None = None,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
+    square: int = 0,
 ) -> Iterator[EvalBatch]:
     """Iterates over images in the order given; the last batch may be smaller.
 
@@ -82,15 +84,20 @@ def eval_batches(
         device: where the images are normalised and delivered; they travel there as uint8.
         ledger: where unreadable images are entered; without one they are only logged.
         mean, std: of the channels, for the normalisation.
+        square: with `train_augment`, instead of a random resized crop: resize the shorter side to this, cut the centre
+            square, and a random window out of it (Caron et al. 2018, linear evaluation); 0: not.
 
     Yields:
         Batches of images, labels, positions. An unreadable image is replaced by its neighbour.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+    if square and square < max(size):
+        raise UserError(f"square {square}: must be at least the crops' {max(size)} pixels")
     if min(size) < 1 or (resize is not None and resize < 1) or batch_size < 1:
         raise UserError(f"image_size {size}, resize {resize}, batch_size {batch_size}: all must be at least 1")
     order = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64).reshape(-1)
-    dataset = _EvalDataset(source, size, resize, MultiCrop((1,), (size,), scale[:1], scale[1:]), train_augment, seed)
+    crop = MultiCrop((1,), (size,), scale[:1], scale[1:])
+    dataset = _EvalDataset(source, size, resize, crop, train_augment, seed, square)
     labels = torch.from_numpy(np.asarray(source.labels))
     keys = [(epoch, i) for i in order.tolist()]
     device = torch.device(device)
@@ -123,14 +130,16 @@ class _EvalDataset(Dataset[Any]):
     """uint8 images of one size."""
 
     def __init__(
-        self, source: Source, size: tuple[int, int], resize: int | None, crop: MultiCrop, augment: bool, seed: int
-    ) -> None:
+        self, source: Source, size: tuple[int, int], resize: int | None, crop: MultiCrop, augment: bool, seed: int,
+        square: int,
+    ) -> None:  # fmt: skip
         self.source = source
         self.size = size
         self.resize = resize
         self.crop = crop
         self.augment = augment
         self.seed = seed
+        self.square = square
 
     def __len__(self) -> int:
         return len(self.source)
@@ -145,9 +154,19 @@ class _EvalDataset(Dataset[Any]):
         return out, torch.tensor([i for _, i in keys]), bad
 
     def _random(self, image: Tensor, epoch: int, i: int) -> Tensor:
+        if self.square:
+            return self._window(image, epoch, i)
         drawn = self.crop.draw(self.seed, epoch, i, image.shape[1], image.shape[2])
         crop = resized_crop(image, drawn.boxes_V4[0], self.size)
         return crop.flip(-1) if drawn.params_VP[0, Param.FLIP] else crop
+
+    def _window(self, image: Tensor, epoch: int, i: int) -> Tensor:
+        image = centre_crop(image, (self.square, self.square), self.square)
+        down, right, flip = uniform(self.seed, Stream.CROPS, epoch, [i], 3)[0]
+        top = int(down * (self.square - self.size[0] + 1))
+        left = int(right * (self.square - self.size[1] + 1))
+        window = image[:, top : top + self.size[0], left : left + self.size[1]]
+        return window.flip(-1) if flip < 0.5 else window
 
 
 def centre_crop(image: Tensor, size: tuple[int, int], resize: int | None) -> Tensor:

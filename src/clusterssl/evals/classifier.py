@@ -6,7 +6,7 @@ Legend of suffixes: B images of a step on this rank, F features, C classes, N im
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,22 +44,42 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(x_BFhw, mean.to(x_BFhw), variance.to(x_BFhw), self.weight, self.bias, eps=self.eps)
 
 
+@torch.no_grad()
+def init_linear(linear: nn.Linear, init: str, generator: torch.Generator) -> None:
+    """Initial weights of a classifier.
+
+    "normal": standard deviation 0.01, biases 0 (SwAV, Self-Classifier); "xavier": uniform by fan-in and fan-out, biases
+    0 (SeLa's probes); "default": weights and biases uniform by fan-in, as the framework's (DeepCluster).
+    """
+    bound = 1 / math.sqrt(linear.in_features)
+    linear.bias.zero_()
+    if init == "normal":
+        linear.weight.normal_(0, 0.01, generator=generator)
+    elif init == "xavier":
+        nn.init.xavier_uniform_(linear.weight, generator=generator)
+    else:
+        linear.weight.uniform_(-bound, bound, generator=generator)
+        linear.bias.uniform_(-bound, bound, generator=generator)
+
+
 class LinearClassifier(nn.Module):
-    """One linear layer on what `Pooled` gives, with the published names (`linear`, `bn`) and initialisation.
+    """One linear layer on what `Pooled` gives, with the published names (`linear`, `bn`).
 
     Args:
         shape: shape of one image's pooled features: (F,), or (F, h, w) without global pooling.
         num_classes: C.
         use_bn: BatchNorm before the linear layer; published, and of effect, without global pooling only.
+        init: of the weights, see `init_linear`.
         seed: seed of the initial weights.
     """
 
-    def __init__(self, shape: Sequence[int], num_classes: int, *, use_bn: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, shape: Sequence[int], num_classes: int, *, use_bn: bool = False, init: str = "normal", seed: int = 0
+    ) -> None:
         super().__init__()
         self.bn = SyncedBatchNorm2d(shape[0]) if use_bn and len(shape) == 3 else None
         self.linear = nn.Linear(math.prod(shape), num_classes)
-        nn.init.normal_(self.linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
-        nn.init.zeros_(self.linear.bias)
+        init_linear(self.linear, init, torch.Generator().manual_seed(seed))
 
     def forward(self, x_BF: Tensor) -> Tensor:
         """Logits B x C of pooled features B x F or B x F x h x w."""
@@ -98,20 +118,6 @@ class Pooled(nn.Module):
         return F.avg_pool2d(map_BFhw, _SPATIAL_POOL, stride=1)
 
 
-def epoch_lr(
-    epoch: int, *, scheduler_type: str, lr: float, epochs: int, decay_epochs: Sequence[int] = (), gamma: float = 0.1,
-    final_lr: float = 0.0,
-) -> float:  # fmt: skip
-    """Learning rate in force during an epoch, counted from 0.
-
-    "cosine": final_lr + (lr - final_lr)(1 + cos(pi epoch / epochs)) / 2. "step": lr times gamma for each of
-    `decay_epochs` reached.
-    """
-    if scheduler_type == "cosine":
-        return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-    return lr * gamma ** sum(epoch >= decay for decay in decay_epochs)
-
-
 class Step(NamedTuple):
     """This rank's rows of one training step; `total` counts the rows of all ranks."""
 
@@ -143,45 +149,98 @@ def steps_in_memory(features_NF: Tensor, labels_N: Tensor, order_N: Tensor, batc
         yield Step(features_NF[rows], labels_N[rows], total)
 
 
+class Scores(NamedTuple):
+    """How a classifier does on some images."""
+
+    loss: float
+    """mean cross-entropy in nats"""
+    top1: float
+    """percent"""
+    top5: float
+    """percent"""
+
+
 def train_epoch(
     classifier: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[Step], device: torch.device
-) -> tuple[float, float, float]:
-    """Train the classifier for one epoch; every step is the gradient of the mean loss over all ranks' rows.
+) -> Scores:  # fmt: skip
+    """Train one classifier for one epoch; see `train_probes`."""
+    return train_probes(classifier, optimizer, steps, device)[0]
+
+
+def train_probes(
+    classifier: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[Step], device: torch.device,
+    before_step: Callable[[int], None] = lambda number: None,
+) -> list[Scores]:  # fmt: skip
+    """Train for one epoch; every step is the gradient of the mean loss over all ranks' rows.
+
+    Args:
+        classifier: gives logits B x C, or B x L x C of L classifiers, whose losses are summed.
+        optimizer: of its parameters.
+        steps: of the epoch.
+        device: where the classifier is.
+        before_step: called with the number of each step, from 0; sets learning rates.
 
     Returns:
-        Mean loss in nats, top-1 and top-5 in percent, all over the images of all ranks as they were trained on.
+        For each classifier its scores over the images of all ranks as they were trained on.
 
     Raises:
         UserError: the loss is not finite.
     """
     classifier.train()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for features, labels, total in steps:
-        features, labels = features.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        logits_BC = classifier(features)
-        loss = F.cross_entropy(logits_BC, labels, reduction="sum")
+    parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    sums: Tensor | None = None
+    for number, (features, labels, total) in enumerate(steps):
+        before_step(number)
+        logits_BLC = _by_classifier(classifier(features.to(device, non_blocking=True)))
+        labels = labels.to(device, non_blocking=True)
+        losses_L = _losses(logits_BLC, labels)
         optimizer.zero_grad()
-        (loss / total).backward()
-        for parameter in classifier.parameters():
-            assert parameter.grad is not None
-            dist.all_reduce_(parameter.grad)
+        (losses_L.sum() / total).backward()
+        _sum_gradients(parameters)
         optimizer.step()
-        sums += torch.stack([loss.detach().double(), *_hits(logits_BC, labels)])
+        counted = _counted(losses_L, logits_BLC, labels)
+        sums = counted if sums is None else sums + counted
     return _averages(sums, "training")
 
 
 @torch.no_grad()
 def evaluate(
     classifier: nn.Module, features_NF: Tensor, labels_N: Tensor, device: torch.device, batch_size: int = 1024
-) -> tuple[float, float, float]:
-    """Mean loss, top-1 and top-5 in percent over the rows of all ranks; each rank passes its own rows."""
+) -> Scores:
+    """Scores of one classifier; see `evaluate_probes`."""
+    batches = zip(features_NF.split(batch_size), labels_N.split(batch_size), strict=True)
+    return evaluate_probes(classifier, batches, device)[0]
+
+
+@torch.no_grad()
+def evaluate_probes(
+    classifier: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, crops: str = "",
+) -> list[Scores]:  # fmt: skip
+    """Scores of each classifier over the images of all ranks; each rank passes its own.
+
+    Args:
+        classifier: see `train_probes`.
+        batches: features B x ... and labels B; with `crops` features B x V x ... of V crops of each image.
+        device: where the classifier is.
+        crops: "softmax": probabilities are averaged over the crops and the loss is that of the middle one, number 4 of
+            ten (DeepCluster); "logits": logits are averaged (SeLa); empty: one crop.
+    """
     classifier.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for features, labels in zip(features_NF.split(batch_size), labels_N.split(batch_size), strict=True):
-        logits_BC, labels = classifier(features.to(device)), labels.to(device)
-        loss = F.cross_entropy(logits_BC, labels, reduction="sum")
-        sums += torch.stack([loss.double(), *_hits(logits_BC, labels)])
+    sums: Tensor | None = None
+    for features, labels in batches:
+        features, labels = features.to(device), labels.to(device)
+        if not crops:
+            logits_BLC = scores_BLC = _by_classifier(classifier(features))
+        else:
+            logits_BVLC = _by_classifier(classifier(features.flatten(0, 1))).unflatten(0, features.shape[:2])
+            scores_BLC = (logits_BVLC.softmax(3) if crops == "softmax" else logits_BVLC).mean(1)
+            logits_BLC = logits_BVLC[:, _PLAIN_CENTRE] if crops == "softmax" else scores_BLC
+        counted = _counted(_losses(logits_BLC, labels), scores_BLC, labels)
+        sums = counted if sums is None else sums + counted
     return _averages(sums, "validation")
+
+
+_PLAIN_CENTRE = 4
 
 
 def topk_accuracy(logits_NC: Tensor, labels_N: Tensor, ks: Sequence[int] = (1, 5)) -> list[float]:
@@ -196,8 +255,37 @@ def _hits(logits_BC: Tensor, labels_B: Tensor, ks: Sequence[int] = (1, 5)) -> li
     return [*counts, torch.tensor(float(len(labels_B)), dtype=torch.float64, device=logits_BC.device)]
 
 
-def _averages(sums: Tensor, what: str) -> tuple[float, float, float]:
-    loss, top1, top5, rows = dist.all_reduce_(sums).tolist()
-    if not math.isfinite(loss):
+def _by_classifier(logits: Tensor) -> Tensor:
+    return logits if logits.ndim == 3 else logits[:, None]
+
+
+def _losses(logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+    """Cross-entropy of each classifier, summed over the rows, [L]."""
+    return torch.stack([F.cross_entropy(logits, labels_B, reduction="sum") for logits in logits_BLC.unbind(1)])
+
+
+def _counted(losses_L: Tensor, logits_BLC: Tensor, labels_B: Tensor) -> Tensor:
+    """Of each classifier: loss, hits among the first, hits among the first five, rows; float64 [L, 4]."""
+    hits = torch.stack([torch.stack(_hits(logits, labels_B)) for logits in logits_BLC.unbind(1)])
+    return torch.cat([losses_L.detach().double()[:, None], hits], dim=1)
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over the ranks, all of them in one exchange."""
+    if dist.size() == 1:
+        return
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    assert len(grads) == len(parameters)
+    total = dist.all_reduce_(torch.cat([grad.flatten() for grad in grads]))
+    for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def _averages(sums_L4: Tensor | None, what: str) -> list[Scores]:
+    """Averages over the rows of all ranks; a rank without any learns the number of classifiers from the others."""
+    number = int(dist.all_reduce_(torch.tensor(0 if sums_L4 is None else len(sums_L4)), "max"))
+    sums_L4 = torch.zeros(number, 4, dtype=torch.float64) if sums_L4 is None else sums_L4.cpu()
+    found = dist.all_reduce_(sums_L4).tolist()
+    if not all(math.isfinite(loss) for loss, *_ in found):
         raise UserError(f"the {what} loss is not finite; lower --lr. The last checkpoint is kept")
-    return loss / rows, 100.0 * top1 / rows, 100.0 * top5 / rows
+    return [Scores(loss / rows, 100.0 * top1 / rows, 100.0 * top5 / rows) for loss, top1, top5, rows in found]

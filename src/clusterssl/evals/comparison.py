@@ -15,23 +15,12 @@ from torch import Tensor, nn
 from clusterssl.data import Source, eval_batches
 from clusterssl.evals.baselines import Pixels, label_scores, unlabelled_scores
 from clusterssl.evals.features import calibrate_batchnorm, extract
+from clusterssl.evals.setup import Embedding
 from clusterssl.models.build import build_model, resolve_stem
 from clusterssl.models.weights import model_from_weights
 
 Scores = dict[str, float]
 BATCH = 250
-
-
-class Embedding(nn.Module):
-    """The projected, normalised output of a multi-crop network as features."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Embeddings B x D."""
-        return self.network([images_B3HW])[0]
 
 
 class Comparison:

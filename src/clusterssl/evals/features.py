@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clusterssl import dist
-from clusterssl.data import BadImages, EvalBatch, Source, eval_batches, resize_for
+from clusterssl.data import STD, BadImages, EvalBatch, Source, eval_batches, resize_for
+from clusterssl.data.views import TenCrops, view_batches
 from clusterssl.evals.classifier import Step, rows_of_steps
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ def extract(
     gather: bool = True,
     what: str = "features",
     ledger: Unreadable | None = None,
+    std: Sequence[float] = STD,
+    ten_crops: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Features of centre crops in float32, in dataset order, each readable image once; in evaluation mode.
 
@@ -56,6 +60,8 @@ def extract(
         gather: give every rank all rows, else only those of its own share.
         what: name of the images in log lines.
         ledger: where this rank's unreadable images are entered.
+        std: of the channels, for the normalisation.
+        ten_crops: four corners and the centre and their mirror images instead of the centre: features [N, 10, ...].
 
     Returns:
         Features [N, ...] float32 and labels [N] int64, on the CPU.
@@ -66,7 +72,7 @@ def extract(
     unreadable = Unreadable(source) if ledger is None else ledger
     batches = feature_batches(
         backbone, source, mine, image_size=image_size, resize=resize, batch_size=batch_size, workers=workers,
-        device=device, ledger=unreadable, what=what,
+        device=device, ledger=unreadable, std=std, what=what, ten_crops=ten_crops,
     )  # fmt: skip
     parts = list(batches)
     readable = torch.from_numpy(unreadable.readable(mine))
@@ -79,23 +85,37 @@ def extract(
 @torch.no_grad()
 def feature_batches(
     backbone: nn.Module, source: Source, rows: NDArray[np.int64], *, image_size: tuple[int, int], resize: int | None,
-    batch_size: int, workers: int, device: torch.device | str, ledger: BadImages, what: str,
+    batch_size: int, workers: int, device: torch.device | str, ledger: BadImages, std: Sequence[float], what: str,
+    ten_crops: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Features of centre crops batch by batch, float32 on the CPU; arguments as in `extract`.
+    """Features of centre crops (or ten crops) batch by batch, float32 on the CPU; arguments as in `extract`.
 
     Every position of `rows` gives a row; those entered in `ledger` belong to a neighbour of an unreadable image.
     """
     was_training, device = backbone.training, torch.device(device)
     backbone.to(device).eval()
-    batches = eval_batches(
-        source, rows, image_size=image_size, resize=resize_for(image_size) if resize is None else resize,
-        batch_size=batch_size, workers=workers, device=device, ledger=ledger,
-    )  # fmt: skip
+    resize = resize_for(image_size) if resize is None else resize
+    loading: Any = {"workers": workers, "device": device, "std": std}
+    if ten_crops:
+        keys = [[(0, i) for i in part.tolist()] for part in _parts(rows, max(batch_size // 10, 1))]
+        views = view_batches(source, keys, TenCrops(image_size, resize), **loading)
+        batches: Iterable[EvalBatch] = (EvalBatch(images, index, index) for images, index in views)
+    else:
+        batches = eval_batches(
+            source, rows, image_size=image_size, resize=resize, batch_size=batch_size, ledger=ledger, **loading
+        )
     try:
         for batch in timed(batches, len(rows), what):
-            yield backbone(batch.images).float().cpu()
+            if ten_crops:
+                yield backbone(batch.images.flatten(0, 1)).float().cpu().unflatten(0, batch.images.shape[:2])
+            else:
+                yield backbone(batch.images).float().cpu()
     finally:
         backbone.train(was_training)
+
+
+def _parts(rows: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def tell_left_out(readable: Tensor, what: str) -> None:
@@ -172,8 +192,10 @@ def augmented_steps(
     device: torch.device,
     seed: int,
     epoch: int,
+    std: Sequence[float] = STD,
+    square: int = 0,
 ) -> Iterator[Step]:
-    """Training steps of one epoch through the frozen network: random resized crop and flip, drawn anew each epoch.
+    """Training steps of one epoch through the frozen network: random crop and flip, drawn anew each epoch.
 
     Args:
         backbone: from images to features, in evaluation mode already.
@@ -185,24 +207,23 @@ def augmented_steps(
         workers: loader processes of this rank.
         device: where the backbone is.
         seed, epoch: of the crops.
+        std: of the channels, for the normalisation.
+        square: see `eval_batches`; 0 for random resized crops.
     """
     steps = list(rows_of_steps(order_N, batch_size))
     mine = indices[torch.cat([rows for rows, _ in steps]).numpy()]
     batches = eval_batches(
         source, mine, image_size=image_size, resize=None, batch_size=batch_size, workers=workers, train_augment=True,
-        seed=seed, epoch=epoch, device=device,
+        seed=seed, epoch=epoch, device=device, std=std, square=square,
     )  # fmt: skip
     stream = timed(batches, len(mine), f"epoch {epoch + 1}, training")
-    features = torch.empty(0)
     for rows, total in steps:
         if len(rows):
             batch = next(stream)
-            features = backbone(batch.images).float()
-            yield Step(features, batch.labels, total)
-        else:  # fewer images than ranks are left; only the last step can be so
-            if not features.numel():
-                features = backbone(torch.zeros(1, 3, *image_size, device=device)).float()
-            yield Step(features[:0], torch.empty(0, dtype=torch.int64), total)
+            yield Step(backbone(batch.images).float(), batch.labels, total)
+        else:  # fewer images than ranks are left; layers that exchange statistics wait for this rank, too
+            nothing = torch.zeros(0, 3, *image_size, device=device)
+            yield Step(backbone(nothing).float(), torch.empty(0, dtype=torch.int64), total)
     for _ in stream:  # lets the last line of progress out
         pass
 

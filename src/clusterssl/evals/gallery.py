@@ -7,8 +7,8 @@ from sklearn.cluster import KMeans
 from torch.nn.functional import normalize
 
 from clusterssl.data import Source
-from clusterssl.evals.comparison import Embedding
 from clusterssl.evals.features import extract
+from clusterssl.evals.setup import Embedding
 from clusterssl.models.weights import model_from_weights
 from clusterssl.report.pictures import strip
 

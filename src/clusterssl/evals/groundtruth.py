@@ -165,8 +165,8 @@ def read_plain_pickle(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             return _PlainUnpickler(file, encoding="latin1").load()
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle can fail anywhere
         raise UserError(f"{path}: not readable as a pickle of plain data ({first_line(error)})") from error
 

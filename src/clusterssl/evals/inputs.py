@@ -30,6 +30,7 @@ from clusterssl.models.weights import load_backbone_state, read_weights
 logger = logging.getLogger(__name__)
 
 NO_DATA = "/path/to/imagenet"
+_SHOWN_FOLDERS = 5
 
 
 @dataclass(frozen=True)
@@ -182,23 +183,38 @@ def open_splits(options: DataOptions) -> tuple[Source, Source]:
     """Labelled training images and images to test on, with classes numbered alike.
 
     Raises:
-        UserError: missing or unlabelled data, or classes to test on that were not trained on.
+        UserError: missing or unlabelled data, or classes that only one of both has.
     """
-    if options.data_path == NO_DATA:
+    where, splits = options.data_path, ("train", options.val_split)
+    if where == NO_DATA:
         raise UserError("--data_path: name the folder that holds train/ and val/, or digits for the built-in images")
-    train, val = (open_source(options.data_path, split=split) for split in ("train", options.val_split))
-    for split, source in (("train", train), (options.val_split, val)):
+    _check_layout(Path(where).expanduser(), splits)
+    train, val = (open_source(where, split=split) for split in splits)
+    for split, source in zip(splits, (train, val), strict=True):
         if not source.classes or int(source.labels.min()) < 0:
-            raise UserError(f"{options.data_path}: {split} has no labels; sort its images into one folder per class")
-    numbers = {name: number for number, name in enumerate(train.classes)}
-    foreign = [name for name in val.classes if name not in numbers]
-    if foreign:
-        raise UserError(
-            f"{options.data_path}: {len(foreign)} classes of {options.val_split} are not in train (first: {foreign[0]})"
-        )
-    val.labels = np.array([numbers[name] for name in val.classes], dtype=np.int64)[val.labels]
-    val.classes = list(train.classes)
+            raise UserError(f"{where}: {split} has no labels; sort its images into one folder per class")
+    for split, more, other, fewer in ((splits[1], val, "train", train), ("train", train, splits[1], val)):
+        foreign = sorted(set(more.classes) - set(fewer.classes))
+        if foreign:
+            raise UserError(
+                f"{where}: {len(foreign)} of {len(more.classes)} classes of {split} are not in {other} (first: "
+                f"{foreign[0]}); both need a folder for every class"
+            )
     return train, val
+
+
+def _check_layout(path: Path, splits: Sequence[str]) -> None:
+    """Say what a folder holds where it should hold one folder for each split."""
+    if not path.is_dir() or all((path / split).is_dir() for split in splits):
+        return
+    inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    folders = [entry.name + "/" for entry in inside if entry.is_dir()]
+    shown = ", ".join(folders[:_SHOWN_FOLDERS]) + (" ..." if len(folders) > _SHOWN_FOLDERS else "")
+    found = f"{len(folders)} folders ({shown})" if folders else "no folders"
+    raise UserError(
+        f"--data_path {path}: expected {'/ and '.join(splits)}/, each with one folder of images per class; found "
+        f"{found} and {len(inside) - len(folders)} files"
+    )
 
 
 def append_evaluation(

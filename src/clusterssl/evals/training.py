@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clusterssl import dist
 from clusterssl.config import require
 from clusterssl.dist import World
 from clusterssl.errors import Stopped
-from clusterssl.evals.classifier import epoch_lr
+from clusterssl.evals.schedules import epoch_lr, step_lr
+from clusterssl.models.weights import load_published, published_state_dict
+from clusterssl.optim import LARS
 from clusterssl.preemption import StopRequest, requeue
 from clusterssl.run import Run
 
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _IMMATERIAL = """
     data_path pretrained arch stem image_size workers batch_size train_augmentation dump_path device dist_url
-    join_timeout_seconds world_size rank local_rank
+    join_timeout_seconds world_size rank local_rank cache_features
 """
 FREE = frozenset(_IMMATERIAL.split())
 """flags that may differ when a run is resumed: the network, the global batch and the images are compared instead"""
@@ -43,8 +45,10 @@ class SgdOptions:
     """weight decay"""
     nesterov: bool = False
     """Nesterov momentum"""
-    scheduler_type: Literal["step", "cosine"] = "cosine"
-    """how the learning rate falls from epoch to epoch"""
+    lars: bool = False
+    """scale the step of every parameter by its norm, as Self-Classifier does"""
+    scheduler_type: Literal["step", "cosine", "inverse_sqrt"] = "cosine"
+    """how the learning rate falls from epoch to epoch; inverse_sqrt: from step to step, lr / sqrt(1 + lr wd step)"""
     decay_epochs: tuple[int, ...] = (60, 80)
     """epochs at which the step schedule falls"""
     gamma: float = 0.1
@@ -58,15 +62,19 @@ class SgdOptions:
         for name in ("lr", "wd", "gamma", "final_lr"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"--{name} {value}: must be a finite number, 0 or more")
+        require(not (self.lars and self.nesterov), "--lars --nesterov: LARS has plain momentum; leave one away")
 
-    def optimizer(self, classifier: nn.Module) -> torch.optim.SGD:
-        """SGD with momentum 0.9."""
-        return torch.optim.SGD(
-            classifier.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.wd, nesterov=self.nesterov
-        )
+    def optimizer(self, classifier: nn.Module) -> torch.optim.Optimizer:
+        """SGD with momentum 0.9, or LARS."""
+        parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+        if self.lars:
+            return LARS(parameters, self.lr, weight_decay=self.wd)
+        return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=self.wd, nesterov=self.nesterov)
 
-    def rate(self, epoch: int) -> float:
-        """Learning rate of an epoch."""
+    def rate(self, epoch: int, step: int = 0) -> float:
+        """Learning rate of an epoch, and of a step counted over all epochs."""
+        if self.scheduler_type == "inverse_sqrt":
+            return step_lr(step, lr=self.lr, wd=self.wd)
         return epoch_lr(
             epoch, scheduler_type=self.scheduler_type, lr=self.lr, epochs=self.epochs, decay_epochs=self.decay_epochs,
             gamma=self.gamma, final_lr=self.final_lr,
@@ -80,6 +88,7 @@ class ClassifierRun:
         """Name the kind of evaluation and the directory; nothing is written before `open`."""
         self.name, self.run, self.world = name, Run(folder, world), world
         self.best: dict[str, Any] = {}
+        self.best_layers: dict[str, dict[str, Any]] = {}
 
     def open(self, flags: dict[str, Any], facts: dict[str, Any]) -> None:
         """Check that the directory is this run's or free, and record this start.
@@ -91,19 +100,22 @@ class ClassifierRun:
 
     def fit(
         self, classifier: nn.Module, optimizer: torch.optim.Optimizer, epochs: int,
-        one_epoch: Callable[[int], dict[str, float]], images: int,
+        one_epoch: Callable[[int], dict[str, Any]], images: int, about: dict[str, Any] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Train from the checkpoint, if there is one, to the last epoch; a checkpoint after each.
 
         Args:
-            classifier: what is trained; without the prefix "module." that its names get in files.
+            classifier: what is trained; its names get the prefixes of published files.
             optimizer: of its parameters.
             epochs: number of epochs.
-            one_epoch: trains and tests one epoch, numbered from 0; returns at least "loss", "lr", "top1", "top5".
+            one_epoch: trains and tests one epoch, numbered from 0; returns at least "loss", "lr", "top1", "top5"; with
+                several classifiers under "layers" the "top1" and "top5" of each by name.
             images: training images of an epoch, for the speed in the log.
+            about: of the network, for its checkpoints.
 
         Returns:
-            Numbers of the epoch of highest "top1" (the first of them), its "epoch" numbered from 1.
+            Numbers of the epoch of highest "top1" (the first of them), its "epoch" numbered from 1. `best_layers` holds
+            the same of each of several classifiers.
 
         Raises:
             UserError: a loss that is not finite, or a directory that cannot be written.
@@ -116,9 +128,12 @@ class ClassifierRun:
                 numbers = {"epoch": epoch + 1, **one_epoch(epoch)}
                 improved = not self.best or numbers["top1"] > self.best["top1"]
                 self.best = numbers if improved else self.best
+                for layer, scores in numbers.get("layers", {}).items():
+                    if scores["top1"] > self.best_layers.get(layer, {"top1": -1.0})["top1"]:
+                        self.best_layers[layer] = {**scores, "epoch": epoch + 1}
                 speed = images / max(time.monotonic() - began, 1e-9)
                 self._tell(numbers, epochs, speed)
-                self._save(classifier, optimizer, epoch + 1, improved)
+                self._save(classifier, optimizer, epoch + 1, improved, about or {})
                 self._maybe_stop(request, epoch + 1, epochs)
         self.run.close()
         return self.best
@@ -130,15 +145,22 @@ class ClassifierRun:
             numbers["epoch"], epochs, numbers["lr"], numbers["loss"], numbers["top1"], numbers["top5"],
             self.best["top1"], self.best["epoch"], speed,
         )  # fmt: skip
+        if layers := numbers.get("layers"):
+            logger.info("  top-1 of %s", ", ".join(f"{name} {scores['top1']:.2f}" for name, scores in layers.items()))
 
-    def _save(self, classifier: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, improved: bool) -> None:
+    def _save(
+        self, classifier: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, improved: bool,
+        about: dict[str, Any],
+    ) -> None:  # fmt: skip
         state = {
             "epoch": epochs,
-            "state_dict": {f"module.{name}": tensor for name, tensor in classifier.state_dict().items()},
+            "state_dict": published_state_dict(classifier),
             "optimizer": optimizer.state_dict(),
             "scheduler": {"last_epoch": epochs},
             "best_acc": self.best["top1"],
             "best": self.best,
+            "best_layers": self.best_layers,
+            **({"model": about} if about else {}),
         }
         self.run.save(state, {}, step=epochs, keep_as="best.pth.tar" if improved else "")
 
@@ -146,10 +168,9 @@ class ClassifierRun:
         state = self.run.load()
         if state is None:
             return 0
-        names: dict[str, Tensor] = state["state_dict"]
-        classifier.load_state_dict({name.removeprefix("module."): tensor for name, tensor in names.items()})
+        load_published(classifier, state["state_dict"], str(self.run.folder))
         optimizer.load_state_dict(state["optimizer"])
-        self.best = state["best"]
+        self.best, self.best_layers = state["best"], state.get("best_layers", {})
         logger.info("resuming after epoch %d, best top-1 %.2f", state["epoch"], self.best["top1"])
         return int(state["epoch"])
 

@@ -21,6 +21,7 @@ from clusterssl.config import require
 from clusterssl.data.views import Cut, view_batches
 from clusterssl.evals import inputs
 from clusterssl.evals.average_precision import IGNORED
+from clusterssl.evals.pace import paced
 from clusterssl.evals.steps import steps_from, sum_gradients
 from clusterssl.evals.vocdevkit import ImageFiles
 from clusterssl.models.trunks import ConvTrunk
@@ -240,6 +241,7 @@ def summed_outputs(
     chunks = torch.arange(len(images)).split(_IMAGES_AT_A_TIME)  # the same on any number of ranks
     first, last = dist.share(len(chunks))
     keys = [[(epoch, i) for i in rows.tolist()] for epoch in epochs for rows in chunks[first:last]]
-    for views, index in view_batches(images, keys, cut, workers=workers, device=device, std=std):
+    batches = view_batches(images, keys, cut, workers=workers, device=device, std=std)
+    for views, index in paced(batches, len(keys) * _IMAGES_AT_A_TIME, "views", _IMAGES_AT_A_TIME):
         total[index] += net(views.flatten(0, 1)).unflatten(0, views.shape[:2]).double().sum(1).cpu()
     return dist.all_reduce_(total)

@@ -22,23 +22,23 @@ _LABELS = {"1": 1, "-1": 0, "0": IGNORED}
 _NEEDED = ("ImageSets/Main", "JPEGImages", "Annotations")
 
 
-def voc_folder(path: str | Path, year: str = "VOC2007") -> Path:
+def voc_folder(path: str | Path, year: str = "VOC2007", flag: str = "--vocdir") -> Path:
     """The folder that holds ImageSets, JPEGImages and Annotations: `path`, or year or VOCdevkit/year in it.
 
     Raises:
         UserError: none of them does; says what is there and what is expected.
     """
     if not str(path):
-        raise UserError(f"--vocdir: name the folder that holds VOCdevkit/{year}")
+        raise UserError(f"{flag}: name the folder that holds VOCdevkit/{year}")
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise UserError(f"--vocdir {path}: no such folder; give the one that holds VOCdevkit/{year}")
+        raise UserError(f"{flag} {path}: no such folder; give the one that holds VOCdevkit/{year}")
     for folder in (path / "VOCdevkit" / year, path / year, path):
         if all((folder / part).is_dir() for part in _NEEDED):
             return folder
     found = sorted(entry.name for entry in path.iterdir())
     told = ", ".join(found[:8]) + (" ..." if len(found) > 8 else "") if found else "nothing"
-    raise UserError(f"--vocdir {path}: holds {told}; expected VOCdevkit/{year} with {', '.join(_NEEDED)}")
+    raise UserError(f"{flag} {path}: holds {told}; expected VOCdevkit/{year} with {', '.join(_NEEDED)}")
 
 
 class ImageFiles:

@@ -59,7 +59,8 @@ FORMATS: dict[str, Format] = {
     ),
     "safetensors": Format(
         "{name}.safetensors", writers.write_safetensors, writers.load_safetensors, names_of.no_safetensors,
-        'weights = safetensors.torch.load_file("{file}"); the model card beside it says what they are', heads=True,
+        'weights = safetensors.torch.load_file("{file}"), or --pretrained {file} here; the card beside it says more',
+        heads=True,
     ),
     "huggingface": Format(
         "{name}.huggingface", writers.write_folder, writers.load_folder, names_of.no_folder,
@@ -183,6 +184,8 @@ def verify(exported: Exported, name: str, path: Path) -> float | None:
 
 def usage(exported: Exported, name: str, path: Path | str) -> str:
     """How to load a file of a format."""
+    if name == "huggingface" and not names_of.timm_arch(exported):
+        return f'model = clusterssl.hub.backbone("{Path(path) / "model.safetensors"}")'
     arch = names_of.torchvision_arch(exported) or exported.arch
     return FORMATS[name].use.format(
         file=path, arch=arch, timm=names_of.timm_arch(exported),

@@ -14,16 +14,18 @@ from torch import Tensor
 from clusterssl.errors import UserError
 from clusterssl.files import read_checkpoint
 from clusterssl.models.download import fetch, is_url
+from clusterssl.models.foreign import adapted
 
 State = dict[str, Tensor]
-_WRAPPERS = ("state_dict", "model")
+WRAPPERS = ("state_dict", "model", "network")  # the last is OBoW's
 _LISTED = 8
 
 
 def read_weights(path_or_url: str) -> tuple[State, dict[str, Any]]:
     """Parameters of a checkpoint file or address, and what an own checkpoint says of its network.
 
-    Understands a flat state dict and one wrapped in "state_dict" (or "model"), with and without "module.".
+    Understands a flat state dict and one wrapped in "state_dict" (or "model", "network"), with and without "module.",
+    and the names of MoCo, SimSiam and SCAN (see `foreign`).
 
     Returns:
         Flat state dict, and the checkpoint's "model" entry ({} in files of others):
@@ -32,7 +34,7 @@ def read_weights(path_or_url: str) -> tuple[State, dict[str, Any]]:
     Raises:
         UserError: missing, unreadable, truncated, unsafe file, failed download, or a file without weights.
     """
-    state, meta = _read(str(path_or_url), unwrap)
+    state, meta = read_file(path_or_url, unwrap)
     if not all(bool(tensor.isfinite().all()) for tensor in state.values() if tensor.is_floating_point()):
         raise UserError(
             f"{path_or_url}: holds weights that are not finite (NaN or infinite); take an earlier checkpoint"
@@ -49,7 +51,7 @@ def read_labels(path_or_url: str) -> Tensor:
     Raises:
         UserError: see `read_weights`; or the file holds no labels.
     """
-    return _read(str(path_or_url), _labels)
+    return read_file(path_or_url, _labels)
 
 
 def _labels(checkpoint: Mapping[str, Any], where: str) -> Tensor:
@@ -65,8 +67,17 @@ def _labels(checkpoint: Mapping[str, Any], where: str) -> Tensor:
 _T = TypeVar("_T")
 
 
-def _read(path_or_url: str, take: Callable[[Mapping[str, Any], str], _T]) -> _T:
-    """Read a file, or an address into the cache, and take something from it."""
+def read_file(path_or_url: str, take: Callable[[Mapping[str, Any], str], _T]) -> _T:
+    """Read a file, or an address into the cache, and take something from it.
+
+    Args:
+        path_or_url: file or address.
+        take: from the file's entries and its name, for errors, to what is wanted.
+
+    Raises:
+        UserError: see `read_weights`.
+    """
+    path_or_url = str(path_or_url)
     if not is_url(path_or_url):
         return take(read_checkpoint(path_or_url), path_or_url)
     path, fresh = fetch(path_or_url)
@@ -79,26 +90,36 @@ def _read(path_or_url: str, take: Callable[[Mapping[str, Any], str], _T]) -> _T:
         raise UserError(f"{error}; delete {path} to download it again") from error
 
 
-def unwrap(checkpoint: Mapping[str, Any], where: str) -> tuple[State, dict[str, Any]]:
-    """Flat state dict and the "model" entry of a checkpoint already read.
+def raw_state(checkpoint: Mapping[str, Any], where: str) -> Mapping[str, Tensor]:
+    """Names and tensors of a checkpoint already read, as they are in it.
 
     Raises:
-        UserError: nothing in it is a state dict, or two names fall together.
+        UserError: nothing in it is a state dict.
     """
-    candidates = [checkpoint[key] for key in _WRAPPERS if key in checkpoint] + [checkpoint]
+    candidates = [checkpoint[key] for key in WRAPPERS if key in checkpoint] + [checkpoint]
     state = next((c for c in candidates if _is_state(c)), None)
     if state is None:
         raise UserError(
             f"{where}: holds no network weights (expected names and tensors, or those under 'state_dict'); "
             f"its entries: {listed(map(str, checkpoint))}"
         )
+    return state
+
+
+def unwrap(checkpoint: Mapping[str, Any], where: str) -> tuple[State, dict[str, Any]]:
+    """Flat state dict and the "model" entry of a checkpoint already read.
+
+    Raises:
+        UserError: nothing in it is a state dict, or two names fall together.
+    """
+    state = adapted(raw_state(checkpoint, where), where)
     flat = {flat_name(name): tensor for name, tensor in state.items()}
     if len(flat) < len(state):
         raise UserError(
             f"{where}: holds the same parameters with and without 'module.' or 'backbone.'; give a file with one kind"
         )
     meta = checkpoint.get("model")
-    return flat, dict(meta) if isinstance(meta, Mapping) and meta is not state else {}
+    return flat, dict(meta) if isinstance(meta, Mapping) and not _is_state(meta) else {}
 
 
 def _is_state(candidate: Any) -> bool:

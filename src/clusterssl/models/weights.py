@@ -1,4 +1,7 @@
-"""Published and own checkpoints: strict loading, writing under the published names, whole networks from files."""
+"""Published and own checkpoints: strict loading, writing under the published names, whole networks from files.
+
+`python -m clusterssl.models.weights FILE ...` says what files are.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from clusterssl.errors import UserError
 from clusterssl.models.build import MultiCropNet, build_backbone, build_model
+from clusterssl.models.foreign import no_network
 from clusterssl.models.headed import HeadedNet, build_headed, head_sizes
 from clusterssl.models.identify import Look, classifier_as_head, describe, head_part, look_of
 from clusterssl.models.network import Network
@@ -96,7 +100,9 @@ def load_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], where:
     _compare(trunk, backbone.state_dict(), where)
     backbone.load_state_dict(trunk, strict=False)
     if extra:
-        logger.info("%s: left aside, not part of the backbone: %s", where, listed(extra))
+        parts = dict.fromkeys(head_part(name) or name.rpartition(".")[0] for name in extra)
+        told = f"{listed(parts)} ({len(extra)} tensors)"
+        logger.info("%s: left aside, not part of the backbone: %s", where, told)
     return extra
 
 
@@ -165,10 +171,11 @@ def _read_known(path_or_url: str) -> tuple[State, Look]:
     state = classifier_as_head(state)
     look = describe(state, meta)
     if look is None:
-        raise UserError(
-            f"{path_or_url}: its names and shapes are of none of our residual and convolutional networks, and it does "
-            f"not say which one it is (first names: {listed(state)}); build the network by name and load into it"
+        why = no_network(state) or (
+            "its names and shapes are of none of our residual and convolutional networks, and it does not say which "
+            f"one it is (first names: {listed(state)}); build the network by name and load into it"
         )
+        raise UserError(f"{path_or_url}: {why}")
     return state, look
 
 
@@ -189,8 +196,15 @@ def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list
 def _compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
     differences = _differences(state, own)
     if differences:
-        raise UserError(f"{where}: does not fit this network; {'; '.join(differences)}{look_of(state)}")
+        why = no_network(state) or f"does not fit this network; {'; '.join(differences)}{look_of(state)}"
+        raise UserError(f"{where}: {why}")
 
 
 def _size(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+if __name__ == "__main__":
+    from clusterssl.models.contents import main
+
+    main()

@@ -83,10 +83,14 @@ def write_safetensors(exported: Exported, path: Path) -> None:
     heads = exported.network is not None
     state = published_state_dict(exported.network) if exported.network is not None else exported.backbone.state_dict()
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-    about = {"format": "pt", "arch": exported.arch, "stem": exported.stem}
-    path.write_bytes(save(tensors, about))
+    path.write_bytes(save(tensors, _about(exported)))
     card = model_card(exported, library="", use=f'safetensors.torch.load_file("{path.name}")', heads=heads)
     path.with_name(path.name + ".md").write_text(card)
+
+
+def _about(exported: Exported) -> dict[str, str]:
+    size = "x".join(map(str, exported.image_size))
+    return {"format": "pt", "arch": exported.arch, "stem": exported.stem, "image_size": size}
 
 
 def load_safetensors(exported: Exported, path: Path) -> Features | None:
@@ -114,8 +118,7 @@ def write_folder(exported: Exported, path: Path) -> None:
     path.mkdir()
     timm_name = timm_arch(exported)
     state = torchvision_names(exported) if timm_name else plain_state(exported.backbone)
-    about = {"format": "pt", "arch": exported.arch, "stem": exported.stem}
-    (path / "model.safetensors").write_bytes(save(state, about))
+    (path / "model.safetensors").write_bytes(save(state, _about(exported)))
     (path / "config.json").write_text(json.dumps(hub_config(exported, timm_name), indent=1) + "\n")
     use = 'timm.create_model("hf-hub:USER/NAME", pretrained=True, num_classes=0)' if timm_name else ""
     (path / "README.md").write_text(model_card(exported, library="timm" if timm_name else "", use=use))
@@ -152,7 +155,7 @@ def load_onnx(exported: Exported, path: Path) -> Features | None:
     """onnxruntime's outputs."""
     if absent("onnxruntime"):
         return None
-    import onnxruntime  # type: ignore[import-untyped,unused-ignore]
+    import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(x) for x in session.run(None, {"images": images.numpy()})]

@@ -77,9 +77,23 @@ def write_report(
     if not runs:
         raise UserError("no run directory given; name at least one")
     records = [read_run(path) for path in runs]
+    _write(render(records, title=title, lead=lead, tables=tables, galleries=galleries), out)
+
+
+def write_page(
+    out: Path, *, title: str, lead: str = "", tables: Sequence[Table] = (), galleries: Sequence[Gallery] = ()
+) -> None:
+    """Write one such page about no run: tables and thumbnails only.
+
+    Raises:
+        UserError: the page cannot be written.
+    """
+    _write(render([], title=title, lead=lead, tables=tables, galleries=galleries), out)
+
+
+def _write(page: str, out: Path) -> None:
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder, so the page cannot be written there; make it first")
-    page = render(records, title=title, lead=lead, tables=tables, galleries=galleries)
 
     def write(file: IO[bytes]) -> None:
         file.write(page.encode("utf-8"))

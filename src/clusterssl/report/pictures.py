@@ -20,6 +20,26 @@ class Gallery:
     note: str = ""
 
 
+def grid(rows: Sequence[Sequence[np.ndarray]], side: int = 128, border: int = 3, gap: int = 15) -> bytes:
+    """Rows of images with black borders on white as a PNG file.
+
+    Args:
+        rows: uint8 arrays H x W x 3 (or H x W, grey); rows may differ in length, one image at least.
+        side: height and width of an image in pixels.
+        border: black pixels around each image.
+        gap: white pixels between rows and around all.
+    """
+    cell = side + 2 * border
+    width = max(len(row) for row in rows) * cell + 2 * gap
+    sheet = Image.new("RGB", (width, len(rows) * (cell + gap) + gap), (255, 255, 255))
+    for number, row in enumerate(rows):
+        for at, image in enumerate(row):
+            left, top = gap + at * cell, gap + number * (cell + gap)
+            sheet.paste((0, 0, 0), (left, top, left + cell, top + cell))
+            sheet.paste(_thumbnail(image, side), (left + border, top + border))
+    return _png(sheet)
+
+
 def strip(images: Sequence[np.ndarray], side: int = 32, gap: int = 2) -> str:
     """A row of images as the data address of one PNG.
 
@@ -30,7 +50,15 @@ def strip(images: Sequence[np.ndarray], side: int = 32, gap: int = 2) -> str:
     """
     row = Image.new("RGBA", (len(images) * (side + gap) - gap, side), (0, 0, 0, 0))
     for at, image in enumerate(images):
-        row.paste(Image.fromarray(image).convert("RGB").resize((side, side)), (at * (side + gap), 0))
+        row.paste(_thumbnail(image, side), (at * (side + gap), 0))
+    return "data:image/png;base64," + base64.b64encode(_png(row)).decode("ascii")
+
+
+def _thumbnail(image: np.ndarray, side: int) -> Image.Image:
+    return Image.fromarray(image).convert("RGB").resize((side, side))
+
+
+def _png(picture: Image.Image) -> bytes:
     file = io.BytesIO()
-    row.save(file, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    picture.save(file, format="PNG", optimize=True)
+    return file.getvalue()

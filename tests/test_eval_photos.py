@@ -1,0 +1,98 @@
+"""All protocols on photographs of 16 classes of Tiny ImageNet, beside scikit-learn on the same features."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn import metrics
+from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+import eval_all
+from clusterssl.data import open_source
+from tests.evals.logs import restored_logger  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def photos(target: Path, most_train: int, most_val: int) -> Path:
+    """Some images of every class, or a visible skip."""
+    folder = os.environ.get("CLUSTERSSL_DATA", "")
+    archive = Path(folder) / "tiny-imagenet-16.tar"
+    if not folder or not archive.is_file():
+        pytest.skip("needs real photos: set CLUSTERSSL_DATA to the folder of tiny-imagenet-16.tar")
+    taken: dict[str, int] = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            split, _, rest = member.name.removeprefix("./").partition("/")
+            place = f"{split}/{rest.split('/')[0]}"
+            most = {"train": most_train, "val": most_val}.get(split, 0)
+            if member.isfile() and taken.get(place, 0) < most:
+                taken[place] = taken.get(place, 0) + 1
+                content = tar.extractfile(member)
+                assert content is not None
+                path = target / place / Path(member.name).name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.read())
+    return target
+
+
+def check(folder: Path, data: Path, *words: str) -> dict[str, float]:
+    """Run everything and compare with scikit-learn on the kept features; returns the row of the table."""
+    command = ["eval_all.py", "--data_path", data, "--dump_path", folder, "--workers", 0, "--nb_knn", 20, *words]
+    sys.argv = [str(word) for word in command]
+    eval_all.main()
+    (row,) = json.loads((folder / "table.json").read_text())["rows"].values()
+    features = sorted(map(np.load, (folder / "features").glob("*.npy")), key=len)
+    (val_x, train_x), (train, val) = features, (open_source(str(data), split=s).labels for s in ("train", "val"))
+    sklearn = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.1))
+    assert row["knn 20 top-1"] == pytest.approx(100 * sklearn.fit(train_x, train).score(val_x, val), abs=1)
+    starts = [KMeans(16, n_init=1, random_state=31 + start).fit(train_x) for start in range(10)]
+    clusters = min(starts, key=lambda fitted: fitted.inertia_).predict(val_x)
+    assert row["clusters nmi"] == pytest.approx(100 * metrics.normalized_mutual_info_score(val, clusters), abs=0.5)
+    scale = train_x.std(0) + 1e-9
+    probe = LogisticRegression(C=0.1, max_iter=2000).fit((train_x - train_x.mean(0)) / scale, train)
+    row["scikit-learn top-1"] = 100 * probe.score((val_x - train_x.mean(0)) / scale, val)
+    return row
+
+
+@pytest.fixture(autouse=True)
+def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+
+
+def test_an_untrained_network(tmp_path: Path) -> None:
+    data = photos(tmp_path / "data", 25, 10)
+    row = check(
+        tmp_path / "all", data, "--arch", "conv4w4", "--image_size", "32", "--protocols", "knn", "linear", "clusters",
+        "semisup", "--linear_epochs", "10", "--linear_lr", "3", "--semisup_epochs", "2",
+        "--superclass", "1", "entity13",
+    )  # fmt: skip
+    assert row["knn 20 top-1"] > 10 and row["linear top-1"] > 10  # chance is 6.25
+    assert row["clusters accuracy (1)"] > row["clusters accuracy"]
+    assert {"semisup 1 % top-1", "semisup 10 % top-1", "clusters accuracy (entity13)"} <= set(row)
+
+
+@pytest.mark.slow
+def test_a_network_of_our_own_training(tmp_path: Path) -> None:
+    data = photos(tmp_path / "data", 500, 50)
+    words = "--nmb_crops 2 4 --size_crops 32 16 --min_scale_crops 0.3 0.1 --max_scale_crops 1 0.3 --arch conv4 "
+    words += "--hidden_mlp 128 --feat_dim 32 --nmb_prototypes 60 --optimizer adamw --base_lr 0.003 --batch_size 200 "
+    words += "--epsilon 0.03 --color_jitter 0.5 --epochs 15 --workers 0 --device cpu"
+    script = [sys.executable, ROOT / "main_swav.py", "--data_path", data / "train", "--dump_path", tmp_path / "run"]
+    subprocess.run([*script, *words.split()], check=True, stdout=subprocess.DEVNULL)
+    checkpoint = str(tmp_path / "run" / "checkpoint.pth.tar")
+    row = check(
+        tmp_path / "all", data, "--pretrained", checkpoint, "--kk", "16", "--protocols", "knn", "linear", "clusters",
+        "--linear_lr", "1",
+    )  # fmt: skip
+    assert row["knn 20 top-1"] > 25 and row["linear top-1"] > 30
+    assert row["linear top-1"] == pytest.approx(row["scikit-learn top-1"], abs=3)

@@ -23,7 +23,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
-from clusterssl.errors import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, UserError
+from clusterssl.errors import EXIT_BAD_INPUT, EXIT_STOPPED, DataGone, Stopped, UserError
 
 C = TypeVar("C")
 
@@ -283,7 +283,7 @@ def entry(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)  # noqa: PTH119
-        code = EXIT_BAD_INPUT
+        code = EXIT_STOPPED if isinstance(error, DataGone) else EXIT_BAD_INPUT
     except Stopped as stopped:
         print(f"{os.path.basename(sys.argv[0])}: {stopped}", file=sys.stderr, flush=True)  # noqa: PTH119
         code = EXIT_STOPPED

@@ -15,7 +15,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from clusterssl import interfaces
-from clusterssl.errors import UserError
+from clusterssl.errors import DataGone, UserError
 from clusterssl.files import first_line
 from clusterssl.rendezvous import Place, find_place, nodes, open_store
 from clusterssl.rollcall import Note, call_roll, describe
@@ -205,10 +205,11 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
-def raise_together(problem: str) -> None:
-    """Raise a UserError on all ranks if any has a problem, in its own words where it has one; a collective call."""
-    if int(all_reduce_(torch.tensor(int(bool(problem))), "max")):
-        raise UserError(problem or "another rank stopped the run; its message says why")
+def raise_together(problem: UserError | None) -> None:
+    """Raise on all ranks if any has a problem: its own, or one of the same kind; a collective call."""
+    kind = int(all_reduce_(torch.tensor((problem is not None) + isinstance(problem, DataGone)), "max"))
+    if kind:
+        raise problem or (DataGone if kind == 2 else UserError)("another rank stopped the run; its message says why")
 
 
 class Agreement:

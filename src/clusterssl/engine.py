@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clusterssl import checkpoint, dist, pulse
 from clusterssl.data import Batch
 from clusterssl.dist import World
-from clusterssl.errors import Stopped, UserError
+from clusterssl.errors import DataGone, Stopped, UserError
 from clusterssl.feed import Feed
 from clusterssl.method import Crops, Method
 from clusterssl.monitor import Monitor
@@ -66,12 +66,17 @@ def fit(parts: Parts) -> None:
     """Train until the schedule ends, resuming from the run directory where a checkpoint is there.
 
     Raises:
+        DataGone: the images are out of reach; the last checkpoint is there, and in a Slurm job the requeue asked for.
         UserError: non-finite loss, collapse with `stop_on_collapse`, too many unreadable images, full disk.
         Stopped: a signal asked for it; a checkpoint was written.
     """
     hang = watching(parts.schedule.hang_minutes, parts.world.rank)
     with StopRequest() as request, pulse.listening(parts.feed.heed), hang:
-        _Training(parts, request).train()
+        try:
+            _Training(parts, request).train()
+        except DataGone:
+            requeue("lost images")
+            raise
 
 
 class _Training:
@@ -82,7 +87,7 @@ class _Training:
         parts.method.optimizer = parts.optimizer
         self.scaler = self.feed.precision.scaler(parts.world.device)
         self.monitor = Monitor(parts.method.remedies)
-        self.problem = ""
+        self.problem: UserError | None = None
         self.agreement = dist.Agreement(3)
         self.step = 0
         self.steps_per_epoch = parts.feed.steps_per_epoch
@@ -180,14 +185,15 @@ class _Training:
             except StopIteration:
                 return
             except UserError as error:
-                self.problem, failed = str(error), True
+                self.problem, failed = error, True
             if first:
                 dist.raise_together(self.problem)  # there are no old images to go on with
             assert last is not None
             yield last
             if failed:
                 yield last  # the agreement is one step late
-                raise UserError(self.problem)
+                assert self.problem is not None
+                raise self.problem
 
     def no_sync(self, more: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients only in the last backward pass of a step."""
@@ -200,7 +206,7 @@ class _Training:
         try:
             self.bad.add(batch.bad)
         except UserError as error:  # raised at the step's end, in all ranks together
-            self.problem = str(error)
+            self.problem = error
 
     def keep_count(self, loss: Tensor) -> None:
         """Note the loss and the first step at which it was not finite, without waiting for the device."""
@@ -210,6 +216,14 @@ class _Training:
         self.loss_sum += loss
         self.step += 1
         pulse.beat(f"step {self.step} of {self.total}")
+
+    def check_loaded(self) -> None:
+        """Never let a checkpoint of a step in which a rank went on with old images replace a good one."""
+        try:
+            dist.raise_together(self.problem)
+        except UserError:
+            self.agreement.finish()
+            raise
 
     def check_finite(self) -> None:
         bad_step = int(dist.all_reduce_(self.first_bad_step.clone(), "max"))
@@ -246,7 +260,7 @@ class _Training:
         minutes = self.parts.schedule.checkpoint_minutes
         due = time.monotonic() - self.saved_at >= 60 * minutes
         asked = bool(self.request.received)
-        stop, due_somewhere, problem = self.agreement.exchange([int(asked), int(due), int(bool(self.problem))])
+        stop, due_somewhere, problem = self.agreement.exchange([int(asked), int(due), int(self.problem is not None)])
         if problem:
             self.agreement.finish()
             dist.raise_together(self.problem)
@@ -266,6 +280,7 @@ class _Training:
         raise Stopped(f"stopped by {name} after step {self.step} of {self.total}; the same command continues there")
 
     def save(self, keep_as: str = "") -> None:
+        self.check_loaded()
         self.check_finite()
         state = {"epoch": self.step // self.steps_per_epoch, "scaler": self.scaler.state_dict()}
         state["loss_sum"] = float(dist.all_reduce_(self.loss_sum.clone(), "mean"))

@@ -10,5 +10,9 @@ class UserError(ValueError):
     """Bad input: one line that names what is wrong, where, and the remedy. Entry scripts exit with 2."""
 
 
+class DataGone(UserError):  # noqa: N818 - as Stopped
+    """The images are out of reach, for no fault of the run's. Entry scripts exit with 75."""
+
+
 class Stopped(Exception):  # noqa: N818 - a request that was met, not an error
     """The run saved a checkpoint and stopped because it was asked to. Entry scripts exit with 75."""

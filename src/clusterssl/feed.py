@@ -129,17 +129,20 @@ class Feed:
     def _together(self, batches: Iterator[T], count: int) -> Iterator[T]:
         """Hand out `count` batches (fewer where a rank has fewer), and end on all ranks at once when any must."""
         agreement = dist.Agreement(2)
-        problem, last, done = "", None, 0
+        problem: UserError | None = None
+        last, done = None, 0
         began = shown = time.monotonic()
         for done in range(1, count + 1):
             batch = None
             try:
                 batch = next(batches, None)
             except UserError as error:
-                problem, batch = str(error), last  # others go on until they know, and may wait for this rank
+                problem, batch = error, last  # others go on until they know, and may wait for this rank
             if done == 1:
                 dist.raise_together(problem)  # it has nothing to go on with
-            self._obey(agreement.exchange([int(bool(self.request.received)), int(bool(problem))]), agreement, problem)
+            self._obey(
+                agreement.exchange([int(bool(self.request.received)), int(problem is not None)]), agreement, problem
+            )
             pulse.beat(f"batch {done} of {count} of a pass over all images")
             if batch is not None:
                 last = batch
@@ -149,7 +152,7 @@ class Feed:
                 logger.info("pass over the images: %d of %d batches, %.0f s", done, count, shown - began)
         self._obey(agreement.finish(), agreement, problem)
 
-    def _obey(self, agreed: list[int], agreement: dist.Agreement, problem: str) -> None:
+    def _obey(self, agreed: list[int], agreement: dist.Agreement, problem: UserError | None) -> None:
         stop, failed = agreed
         if failed:
             agreement.finish()

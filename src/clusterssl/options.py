@@ -37,6 +37,8 @@ class DataOptions:
     """probability of a horizontal flip"""
     workers: int = 10
     """loader processes per rank; at most the number of cores is used, 0 loads in the training process"""
+    data_patience_minutes: float = 10.0
+    """minutes to wait for images whose file system is out of reach, before the run ends with 75, to be resumed"""
     max_bad_fraction: float = 0.01
     """share of unreadable images above which the run stops; below, they are replaced and listed in bad_images.txt"""
 
@@ -53,6 +55,8 @@ class DataOptions:
         for low, high in zip(self.min_scale_crops, self.max_scale_crops, strict=True):
             require(0 < low <= high <= 1, f"--min_scale_crops {low} --max_scale_crops {high}: need 0 < min <= max <= 1")
         require(self.workers >= 0, f"--workers {self.workers}: must not be negative")
+        patience = self.data_patience_minutes
+        require(patience >= 0, f"--data_patience_minutes {patience}: must not be negative")
         share = self.max_bad_fraction
         require(0 <= share <= 1, f"--max_bad_fraction {share}: must lie between 0 and 1")
 

@@ -49,11 +49,11 @@ class PretrainConfig(Protocol):
 
 
 FREE = frozenset(
-    ["data_path", "subset_file", "workers", "max_bad_fraction", "batch_size", "accumulate", "epochs", "base_lr",
-     "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init", "dump_path", "checkpoint_freq",
-     "checkpoint_minutes", "log_freq", "stop_on_collapse", "hang_minutes", "device", "dist_url", "timeout_minutes",
-     "join_timeout_seconds", "world_size", "rank", "local_rank", "channels_last", "compile", "use_fp16",
-     "amp_dtype", "syncbn_process_group_size"]
+    ["data_path", "subset_file", "workers", "max_bad_fraction", "data_patience_minutes", "batch_size", "accumulate",
+     "epochs", "base_lr", "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init", "dump_path",
+     "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse", "hang_minutes", "device", "dist_url",
+     "timeout_minutes", "join_timeout_seconds", "world_size", "rank", "local_rank", "channels_last", "compile",
+     "use_fp16", "amp_dtype", "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -165,7 +165,8 @@ def _loader(
         max_scale_crops=data.max_scale_crops, color_jitter=data.color_jitter, color_jitter_p=data.color_jitter_p,
         gray_p=data.gray_p, blur_p=data.blur_p, flip_p=data.flip_p,
     )  # fmt: skip
-    source = open_source(data.data_path, subset_file=data.subset_file)
+    patience_s = 60 * data.data_patience_minutes
+    source = open_source(data.data_path, subset_file=data.subset_file, patience_s=patience_s)
     return Loader(
         source, crops, batch_size=config.optim.batch_size, accumulate=config.optim.accumulate,
         rank=world.rank, world_size=world.size, seed=config.run.seed, workers=min(data.workers, os.cpu_count() or 1),

@@ -28,7 +28,7 @@ class Names:
 
     def __init__(self, root: str, names: Sequence[str]) -> None:
         encoded = [os.fsencode(name) for name in names]
-        self._root = root
+        self.root = root
         self._blob = b"".join(encoded)
         self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
 
@@ -37,7 +37,7 @@ class Names:
 
     def __getitem__(self, i: int) -> str:
         start = int(self._ends[i - 1]) if i else 0
-        return os.fsdecode(os.fsencode(self._root) + b"/" + self._blob[start : int(self._ends[i])])
+        return os.fsdecode(os.fsencode(self.root) + b"/" + self._blob[start : int(self._ends[i])])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from clusterssl.data.dataset import Batch, Key, MultiCropDataset
 from clusterssl.data.multicrop import MultiCrop
 from clusterssl.data.sampler import PositionSampler
 from clusterssl.data.source import Source
-from clusterssl.errors import UserError
+from clusterssl.errors import DataGone, UserError
 
 
 @contextmanager
@@ -58,6 +58,10 @@ class Failure(str):
     """Message of a UserError on its way out of a worker, where an exception would arrive with its whole trace."""
 
 
+class FailureOutOfReach(Failure):
+    """That of a DataGone."""
+
+
 class Guarded(Dataset[Any]):
     """Hands lists of keys to a dataset and turns its UserErrors into `Failure`s."""
 
@@ -70,6 +74,8 @@ class Guarded(Dataset[Any]):
     def __getitems__(self, keys: Sequence[Any]) -> Any:
         try:
             return self.dataset.__getitems__(keys)
+        except DataGone as error:
+            return FailureOutOfReach(error)
         except UserError as error:
             return Failure(error)
 
@@ -85,7 +91,7 @@ def checked(batches: Any) -> Iterator[Any]:
         arriving = iter(batches)
     for batch in arriving:
         if isinstance(batch, Failure):
-            raise UserError(str(batch))
+            raise (DataGone if isinstance(batch, FailureOutOfReach) else UserError)(str(batch))
         yield batch
 
 

@@ -19,6 +19,7 @@ from clusterssl.data.builtin import digits, synthetic
 from clusterssl.data.cache import cached_if_small
 from clusterssl.data.decode import decode_file
 from clusterssl.data.listing import Listing, list_file, list_folder
+from clusterssl.data.patience import PATIENCE_S, load_patiently
 from clusterssl.data.subset import class_subset
 from clusterssl.errors import UserError
 
@@ -47,10 +48,12 @@ class Source(Protocol):
 class FileSource:
     """Images in files."""
 
-    def __init__(self, listing: Listing) -> None:
+    def __init__(self, listing: Listing, patience_s: float = PATIENCE_S) -> None:
+        """Args: what there is; seconds to wait for a file system that is out of reach."""
         self.classes = listing.classes
         self.labels = listing.labels
         self._names = listing.names
+        self._patience_s = patience_s
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,11 +63,14 @@ class FileSource:
         return self._names[i]
 
     def load(self, i: int) -> Tensor:
-        """Decodes image i; see `decode_file`."""
-        return decode_file(self.name(i))
+        """Decodes image i; see `decode_file` and `load_patiently`."""
+        path = self.name(i)
+        return load_patiently(lambda: decode_file(path), self._names.root, self._patience_s)
 
 
-def open_source(data_path: str, *, split: str = "", limit: int = -1, subset_file: str = "") -> Source:
+def open_source(
+    data_path: str, *, split: str = "", limit: int = -1, subset_file: str = "", patience_s: float = PATIENCE_S
+) -> Source:
     """Opens the images named by `data_path`.
 
     Args:
@@ -75,15 +81,16 @@ def open_source(data_path: str, *, split: str = "", limit: int = -1, subset_file
             val/ or test/.
         limit: keep the first `limit` images; negative: all.
         subset_file: text file that names the classes to keep (of those images), see `class_subset`; empty: all.
+        patience_s: seconds to wait for files whose file system is out of reach.
 
     Raises:
         UserError: nothing there, no images in it, no such split, or no such classes.
     """
-    source = _all_classes(data_path, split, limit)
+    source = _all_classes(data_path, split, limit, patience_s)
     return class_subset(source, subset_file) if subset_file else source
 
 
-def _all_classes(data_path: str, split: str, limit: int) -> Source:
+def _all_classes(data_path: str, split: str, limit: int, patience_s: float) -> Source:
     kind = str(data_path).split(":")[0]
     if not str(data_path):
         raise UserError("no data: give a folder, a list file, digits or synthetic as data_path")
@@ -104,7 +111,7 @@ def _all_classes(data_path: str, split: str, limit: int) -> Source:
         listing = list_folder(_split_folder(path, split))
     if limit > 0:
         listing = listing.first(limit)
-    return cached_if_small(FileSource(listing))
+    return cached_if_small(FileSource(listing, patience_s))
 
 
 def fingerprint(source: Source) -> str:

@@ -7,7 +7,7 @@ On CIFAR-10 every method trains on the first 1,000 images of each class until it
 settings of its own but the same network, crop size and batch: those that see one crop of an image have twice the epochs
 of those that compare two. On the digits each runs as it does without any flag. Then, on the test
 images: k-NN (k = 20) against the training images, a linear probe on frozen features, and the agreement (NMI, ARI) of
-the clusters that the method itself predicts with the classes. Images a second are those of one core: CPU time counts,
+the clusters that the method itself predicts with the classes. Crops a second are those of one core: CPU time counts,
 from start to end, also that of passes that only assign; memory is the process's peak. "Untrained" is, by each measure,
 the better of the network as initialised and with its BatchNorm statistics set on the training images.
 """
@@ -111,7 +111,7 @@ def words_of(name: str, seed: int, options: Options) -> list[str]:
 
 
 def train(name: str, seed: int, options: Options) -> tuple[Path, dict[str, float]]:
-    """Run a method; returns its checkpoint, images per second and peak memory in MiB."""
+    """Run a method; returns its checkpoint, crops per second, CPU time and peak memory in MiB."""
     folder = Path(options.folder) / f"{name}-{seed}"
     costs = folder / "costs.json"
     if not costs.exists():
@@ -122,12 +122,13 @@ def train(name: str, seed: int, options: Options) -> tuple[Path, dict[str, float
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise UserError(f"{name} with seed {seed} ended with exit code {process.returncode}; see above")
-        run = json.loads((folder / "run.json").read_text())
-        images = read_checkpoint(folder / "checkpoint.pth.tar")["step"] * run["facts"]["global_batch"]
         worked = used.ru_utime + used.ru_stime
-        found = {"cpu_seconds": worked, "images_per_s": images / worked, "memory_mib": used.ru_maxrss / 1024}
-        costs.write_text(json.dumps(found))
-    return folder / "checkpoint.pth.tar", json.loads(costs.read_text())
+        costs.write_text(json.dumps({"cpu_seconds": worked, "memory_mib": used.ru_maxrss / 1024}))
+    found, run = json.loads(costs.read_text()), json.loads((folder / "run.json").read_text())
+    steps = read_checkpoint(folder / "checkpoint.pth.tar")["step"]
+    crops = steps * run["facts"]["global_batch"] * sum(run["config"]["nmb_crops"])
+    rate = crops / found["cpu_seconds"]
+    return folder / "checkpoint.pth.tar", {"crops_per_s": rate, **found}
 
 
 def untrained(seed: int, options: Options) -> list[Path]:
@@ -191,14 +192,21 @@ def main() -> None:
 
 def report(options: Options, rows: dict[str, list[dict[str, float]]]) -> None:
     """Print the table of means as Markdown and write it down with the single seeds."""
-    columns = ("knn", "linear", "nmi", "ari", "images_per_s", "memory_mib", "cpu_seconds")
+    columns = ("knn", "linear", "nmi", "ari", "crops_per_s", "memory_mib", "cpu_seconds")
     means = {name: {key: mean(one[key] for one in found) for key in found[0]} for name, found in rows.items() if found}
-    print("\n| method | k-NN | linear | NMI | ARI | images/s | peak MiB | CPU s |\n|---|---|---|---|---|---|---|---|")
+    print("\n| method | k-NN | linear | NMI | ARI | crops/s | peak MiB | CPU s |\n|---|---|---|---|---|---|---|---|")
     for name, found in means.items():
         shown = [f"{found[key]:.{0 if key in columns[4:] else 1}f}" if key in found else "" for key in columns]
         print(f"| {name} | {' | '.join(shown)} |")
     commands = {name: shlex.join(["python", *words_of(name, options.seeds[0], options)]) for name in options.methods}
-    write_result(Path(options.out), {"commands": commands, "means": means, "seeds": rows})
+    runs = {
+        f"{name}-{seed}": Path(options.folder) / f"{name}-{seed}" / "run.json"
+        for name in options.methods
+        for seed in options.seeds
+    }
+    commits = {name: json.loads(path.read_text())["git"]["sha"] for name, path in runs.items() if path.exists()}
+    about = {"commands": commands, "commits_of_runs": commits}
+    write_result(Path(options.out), {**about, "means": means, "seeds": rows})
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ class Config:
         o = self.deepclusterv2
         options.require_crops(o.crops_for_assign, num_views(self.data))
         crops, heads = len(o.crops_for_assign), len(o.nmb_prototypes)
-        misfit = f"--crops_for_assign names {crops} crops, --nmb_prototypes {heads} layers that cluster one each"
-        cfg.require(crops <= heads, f"{misfit}; name at most {heads}")
+        misfit = f"--crops_for_assign names {crops} crops, --nmb_prototypes has layers for only {heads}"
+        cfg.require(crops <= heads, f"{misfit}; add layers or name at most {heads} crops")
         cfg.require(o.temperature > 0, f"--temperature {o.temperature}: must be positive")
         cfg.require(min(o.nmb_prototypes) > 1, "--nmb_prototypes: must be at least 2 each")
 

@@ -70,8 +70,8 @@ class Config:
         o = self.selav2
         options.require_crops(o.crops_for_assign, num_views(self.data))
         crops, heads = len(o.crops_for_assign), len(o.nmb_prototypes)
-        misfit = f"--crops_for_assign names {crops} crops, --nmb_prototypes {heads} layers that take one each"
-        cfg.require(crops <= heads, f"{misfit}; name at most {heads}")
+        misfit = f"--crops_for_assign names {crops} crops, --nmb_prototypes has layers for only {heads}"
+        cfg.require(crops <= heads, f"{misfit}; add layers or name at most {heads} crops")
         for name in ("temperature", "epsilon"):
             cfg.require(getattr(o, name) > 0, f"--{name} {getattr(o, name)}: must be positive")
         kept, least = o.label_clusters, min(o.nmb_prototypes)

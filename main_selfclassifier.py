@@ -87,11 +87,13 @@ class SelfClassifier(Method):
 
     def __init__(self, model: nn.Module, config: Config, feed: Feed) -> None:
         o = self.options = config.objective
-        self.model, self.views, self.num_images = model, num_views(config.data), feed.num_images
+        images, step, k = feed.num_images, feed.global_batch, max(config.model.cls_size)
+        cfg.require(k <= images, f"--cls_size {k}: there are only {images} images")
+        cfg.require(o.no_nn_aug or o.queue_len >= step, f"--queue_len {o.queue_len}: a step has more images, {step}")
+        self.model, self.views, self.num_images = model, num_views(config.data), images
         dim, dtype = cast(SelfClassifierNet, bare(model)).mlp_head.out_dim, next(model.parameters()).dtype
         self.queue = None if o.no_nn_aug else NeighbourQueue(o.queue_len, dim, feed.device, dtype)
-        self.step_loss = WholeStepLoss(self.objective)
-        self.ln_k = fmean(map(log, config.model.cls_size))
+        self.step_loss, self.ln_k = WholeStepLoss(self.objective), fmean(map(log, config.model.cls_size))
 
     def objective(self, logits: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Loss of logits [V, B, K] of each classifier, and the first one's targets of the global views [G, B, K]."""

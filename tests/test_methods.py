@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clusterssl import hub
+from clusterssl.errors import UserError
 from clusterssl.files import read_checkpoint
 from clusterssl.models.weights import model_from_weights
 from tests.launch import ROOT, Launched, metrics
@@ -61,7 +62,12 @@ def test_predicts_clusters_from_its_checkpoint(name: str, checkpoints: dict[str,
         ids = model.predict(images, head=head)
         assert ids.shape == (40,) and ids.dtype == torch.int64
         assert int(ids.min()) >= 0 and int(ids.max()) < clusters
-        assert torch.equal(ids, hub.network(weights=path).eval().predict(images, head=head))
+        loaded = hub.network(weights=path).train()
+        assert torch.equal(ids, loaded.predict(images, head=head)), "in evaluation mode, whatever mode it is in"
+        assert loaded.training and torch.equal(ids, loaded.predict(images, head=head)), "nor does BatchNorm move"
+    for wrong in (images.to(torch.uint8), images[0], images[:, :1], images.tolist()):
+        with pytest.raises(UserError, match="one floating point tensor B x 3 x height x width"):
+            model.predict(wrong)
     with torch.no_grad():
         assert hub.backbone(path).eval()(images).shape == (40, 32)
 
@@ -132,6 +138,30 @@ def test_without_flags_learns_from_the_digits(name: str, tmp_path: Path) -> None
         assert codes == [0], printed
         scores[of_what] = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])["top1"]
     assert scores["trained"] > scores["untrained"], scores
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("selfclassifier", "--cls_size 1000", "--cls_size 1000: there are only 48 images"),
+        ("selfclassifier", "--queue_len 8", "--queue_len 8: a step has more images, 16"),
+        ("deepcluster", "--nmb_cluster 1", "--nmb_cluster 1: needs at least 2 clusters"),
+        ("deepcluster", "--nmb_cluster 49", "--nmb_cluster 49: more clusters than the 48 images"),
+        ("sela_v1", "--ncl 49", "--ncl 49: more clusters than the 48 images"),
+        ("sela", "--nmb_prototypes 49 49", "--nmb_prototypes 49: there are only 48 images"),
+        (
+            "deepclusterv2",
+            "--nmb_prototypes 12",
+            "--nmb_prototypes has layers for only 1; add layers or name at most 1",
+        ),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_in_one_line(name: str, flags: str, said: str, tmp_path: Path) -> None:
+    script, words, _ = METHODS[name]
+    codes, printed = Launched(script, *SHARED, *words, "--dump_path", str(tmp_path / "run"), *flags.split()).wait()
+    errors = [line for line in printed.splitlines() if "error:" in line]
+    assert codes == [2] and len(errors) == 1 and said in errors[0], printed
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_method_is_tested() -> None:

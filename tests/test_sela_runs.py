@@ -87,7 +87,7 @@ def test_a_run_of_two_ranks_continues_on_one(version: str, tmp_path: Path) -> No
 def test_labels_of_the_digits_are_balanced(version: str, tmp_path: Path) -> None:
     """Exactly with --equal_labels; without, an untrained network's plan is soft, and its largest entries less even."""
     words = ["--version", version, "--epochs", "2", "--seed", "7", "--device", "cpu"]
-    words += ["--nopts", "3", "--hc", "2"] if version == "1" else []
+    words += ["--nopts", "3", "--hc", "2", "--ncl", "60"] if version == "1" else []
     for equal in ("false", "true"):
         folder = tmp_path / equal
         codes, printed = Launched("main_sela.py", *words, "--equal_labels", equal, "--dump_path", str(folder)).wait()

@@ -217,14 +217,6 @@ class _Training:
         self.step += 1
         pulse.beat(f"step {self.step} of {self.total}")
 
-    def check_loaded(self) -> None:
-        """Never let a checkpoint of a step in which a rank went on with old images replace a good one."""
-        try:
-            dist.raise_together(self.problem)
-        except UserError:
-            self.agreement.finish()
-            raise
-
     def check_finite(self) -> None:
         bad_step = int(dist.all_reduce_(self.first_bad_step.clone(), "max"))
         if bad_step >= 0:
@@ -280,7 +272,7 @@ class _Training:
         raise Stopped(f"stopped by {name} after step {self.step} of {self.total}; the same command continues there")
 
     def save(self, keep_as: str = "") -> None:
-        self.check_loaded()
+        dist.raise_together(self.problem)  # no checkpoint of a step in which a rank went on with old images
         self.check_finite()
         state = {"epoch": self.step // self.steps_per_epoch, "scaler": self.scaler.state_dict()}
         state["loss_sum"] = float(dist.all_reduce_(self.loss_sum.clone(), "mean"))

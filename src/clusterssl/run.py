@@ -100,7 +100,9 @@ class Run:
         refused = [key for key in differing if key in fixed or key in facts]
         if refused:
             difference = ", ".join(f"{key} was {old[key]} and is now {new[key]}" for key in refused)
-            raise UserError(f"--dump_path {self.folder}: holds another run ({difference}); choose another folder")
+            raise UserError(
+                f"--dump_path {self.folder}: holds another run ({difference}); give what it was, or another folder"
+            )
         return [f"--{key} differs from the first start: was {old[key]}, is now {new[key]}" for key in differing]
 
     def _record_start(self, method: str, config: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -51,6 +51,7 @@ class ClusteringOptions:
     def __post_init__(self) -> None:
         for name in ("nmb_cluster", "pca_dim", "pic_neighbours", "pic_sigma", "reassign"):
             require(0 < getattr(self, name) < np.inf, f"--{name} {getattr(self, name)}: must be positive")
+        require(self.nmb_cluster > 1, "--nmb_cluster 1: needs at least 2 clusters")
 
     def images_per_epoch(self, num_images: int) -> int:
         """Images that are visited between two rounds."""

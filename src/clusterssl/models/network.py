@@ -56,19 +56,27 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor, head: int = 0) -> Tensor:
-        """Cluster of every image: the largest score of one head. Call `eval()` before, if BatchNorm shall not move.
+        """Cluster of every image: the largest score of one head, in evaluation mode whatever mode the network is in.
 
         Args:
-            images: B x 3 x h x w, normalised as in training.
+            images: floating point B x 3 x h x w, normalised as in training.
             head: which of several heads.
 
         Returns:
             Cluster ids B, int64.
 
         Raises:
-            UserError: no such head.
+            UserError: no such head; something else than such images.
         """
-        scores = self.scores([images])
+        fits = isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3
+        if not fits:
+            raise UserError("images: give one floating point tensor B x 3 x height x width, normalised as in training")
+        before = {module: module.training for module in self.modules()}
+        try:
+            scores = self.eval().scores([images])
+        finally:
+            for module, training in before.items():
+                module.training = training
         if not 0 <= head < len(scores):
             have = f"heads 0 to {len(scores) - 1}" if scores else "no head"
             raise UserError(f"head {head}: this network has {have}; choose another head or checkpoint")

@@ -21,6 +21,7 @@ from clusterssl.evals.detection_data import DetectionSet, mirrored, open_sets
 from clusterssl.evals.detectors import CountedSampler, build_detector, count_samples, scale_of, set_mode, set_size
 from clusterssl.models.build import build_backbone
 from tests.evals.voc import CLASSES, tiny_voc, unpacked
+from tests.ranks import run_ranks
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("faster_coco_eval")
@@ -151,6 +152,25 @@ def test_samples_are_as_many_as_torchvisions_and_counted() -> None:
         alone.step = step
         counts += alone([matched[1]])[1][0]
     assert counts[50] == 0 and counts[:50].std() < 3 * (2000 * 0.3 * 0.7) ** 0.5 and counts[:50].mean() == 600
+
+
+def rows_on_a_rank(rank: int, world_size: int, root: str) -> list[list[int]]:
+    train, _ = open_sets(root, (2007,), masks=False)
+    batches = training_batches(train, 3, 11, batch_size=4 // world_size, seed=1, workers=0)
+    return [[i for _, _, i in items] for items, _ in batches]
+
+
+def test_no_rank_is_ever_without_images(tmp_path: Path) -> None:
+    """BatchNorm of all ranks would wait for it; one image is left over in every epoch."""
+    root = str(tiny_voc(tmp_path, {"trainval": 9, "test": 3}))
+    alone = rows_on_a_rank(0, 1, root)
+    shares = run_ranks(rows_on_a_rank, 2, root)
+    assert [a + b for a, b in zip(*shares, strict=True)] == alone and len(alone) == 8
+    assert all(len(rows) == 2 for share in shares for rows in share)
+    for first in (1, 3, 5):  # from step 3 on: the second step of epoch 1, then whole epochs
+        assert len({*alone[first], *alone[first + 1]}) == 8
+    train, _ = open_sets(root, (2007,), masks=False)
+    assert len(next(training_batches(train, 0, 1, batch_size=99, seed=1, workers=0))[0]) == 9
 
 
 def test_schedule() -> None:

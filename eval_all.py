@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
@@ -63,7 +63,7 @@ def main() -> None:
     title = f"Evaluations on {config.data.val_split} of {config.data.data_path}, percent"
     for pretrained, name in names.items():
         comparison.evaluate(name, pretrained, setup, config.protocol)
-        log_to_screen(setup.world)
+        log_to_screen(replace(setup.world, notes=()))  # training took the log into a file of its own
         paths = comparison.write(folder, title)
     logger.info("\n%s\n\nwritten: %s", comparison.table(title).text(), ", ".join(map(str, paths)))
     dist.leave()

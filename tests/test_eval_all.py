@@ -48,8 +48,8 @@ def two_checkpoints(folder: Path) -> list[Path]:
 
 
 COLUMNS = [
-    "knn 5 top-1", "linear top-1", "linear top-5", "clusters accuracy", "clusters nmi", "clusters ami", "clusters ari",
-    "semisup 10 % top-1",
+    "knn 5 top-1", "linear top-1", "linear top-5", "clusters accuracy", "clusters hungarian", "clusters nmi",
+    "clusters ami", "clusters ari", "semisup 10 % top-1",
 ]  # fmt: skip
 
 
@@ -71,7 +71,8 @@ def test_two_checkpoints_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixt
     }
     lines = (tmp_path / "all" / "table.md").read_text().splitlines()
     assert lines[2] == "| " + " | ".join(["checkpoint", *COLUMNS]) + " |" and lines[4].startswith("| mine | ")
-    assert "Evaluations on val of digits, percent" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Evaluations on val of digits, percent" in shown and shown.count("resuming") == 0
     kinds = [json.loads(line)["eval"] for line in (tmp_path / "all" / "mine" / "evaluations.jsonl").open()]
     assert kinds == ["knn", "linear", "clusters", "semisup"]
     again = run(tmp_path / "all", "--pretrained", *checkpoints, *protocols)

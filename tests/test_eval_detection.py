@@ -97,6 +97,26 @@ def test_two_ranks_give_the_number_of_one(tmp_path: Path) -> None:
     assert {**records(out)[0], "time": 0} == {**one, "time": 0}
 
 
+def trained_on_a_rank(rank: int, world_size: int, data: str, out: str) -> None:
+    left, dist.leave = dist.leave, lambda: None  # the test's own process group ends later
+    flags = [*TINY, "--data_path", data, "--steps", 1, "--batch_size", 2 // world_size]
+    assert run(Path(out) / str(world_size), *flags) == 0
+    dist.leave = left
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    """The gradients of a step; those of later steps are of other proposals, which rounding chooses."""
+    data = str(tiny_voc(tmp_path / "data", {"trainval": 5, "test": 2}))
+    trained_on_a_rank(0, 1, data, str(tmp_path))
+    run_ranks(trained_on_a_rank, 2, data, str(tmp_path))
+    one, two = (torch.load(tmp_path / n / "checkpoint.pth.tar", weights_only=True)["optimizer"]["state"] for n in "12")
+    assert len(one) > 50
+    for i in one:
+        gradient, other = one[i]["momentum_buffer"], two[i]["momentum_buffer"]
+        assert (gradient - other).norm() < 1e-4 * gradient.norm(), i
+
+
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tiny_voc(tmp_path / "data", {"trainval": 4, "test": 2})
     flags = [*TINY, "--data_path", data]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,10 +15,11 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from clusterssl.batchnorm import CPUSyncBatchNorm
 from clusterssl.errors import UserError
 from clusterssl.evals.detection import box_precisions, check_metric, detections, rate_at, train_step, training_batches
-from clusterssl.evals.detection_data import DetectionSet, mirrored, open_sets
+from clusterssl.evals.detection_data import DetectionSet, open_sets
 from clusterssl.evals.detectors import CountedSampler, build_detector, count_samples, scale_of, set_mode, set_size
 from clusterssl.models.build import build_backbone
-from tests.evals.voc import CLASSES, tiny_voc, unpacked
+from tests.evals.voc import tiny_voc, unpacked
+from tests.ranks import run_ranks
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("faster_coco_eval")
@@ -115,17 +114,6 @@ def test_by_hand() -> None:
     assert box_precisions([(two, objects(left, right, crowd=(False, True)))])["map"] == pytest.approx(100, abs=1e-3)
 
 
-def test_mirrored() -> None:
-    image = torch.arange(60, dtype=torch.uint8).view(3, 4, 5)
-    target = {"boxes": torch.tensor([[1.0, 0, 3, 2]]), "labels": torch.tensor([2]),
-              "masks": torch.tensor([[[0, 1, 1, 0, 0]]], dtype=torch.uint8)}  # fmt: skip
-    other, moved = mirrored(image, target)
-    assert torch.equal(other, image.flip(2)) and moved["boxes"].tolist() == [[2, 0, 4, 2]]
-    assert moved["masks"].tolist() == [[[0, 0, 1, 1, 0]]] and torch.equal(moved["labels"], target["labels"])
-    again = mirrored(*mirrored(image, target))
-    assert torch.equal(again[0], image) and torch.equal(again[1]["boxes"], target["boxes"])
-
-
 def test_samples_are_as_many_as_torchvisions_and_counted() -> None:
     theirs = BalancedPositiveNegativeSampler(16, 0.25)
     ours = CountedSampler(theirs, seed=1, kind=0)
@@ -151,6 +139,25 @@ def test_samples_are_as_many_as_torchvisions_and_counted() -> None:
         alone.step = step
         counts += alone([matched[1]])[1][0]
     assert counts[50] == 0 and counts[:50].std() < 3 * (2000 * 0.3 * 0.7) ** 0.5 and counts[:50].mean() == 600
+
+
+def rows_on_a_rank(rank: int, world_size: int, root: str) -> list[list[int]]:
+    train, _ = open_sets(root, (2007,), masks=False)
+    batches = training_batches(train, 3, 11, batch_size=4 // world_size, seed=1, workers=0)
+    return [[i for _, _, i in items] for items, _ in batches]
+
+
+def test_no_rank_is_ever_without_images(tmp_path: Path) -> None:
+    """BatchNorm of all ranks would wait for it; one image is left over in every epoch."""
+    root = str(tiny_voc(tmp_path, {"trainval": 9, "test": 3}))
+    alone = rows_on_a_rank(0, 1, root)
+    shares = run_ranks(rows_on_a_rank, 2, root)
+    assert [a + b for a, b in zip(*shares, strict=True)] == alone and len(alone) == 8
+    assert all(len(rows) == 2 for share in shares for rows in share)
+    for first in (1, 3, 5):  # from step 3 on: the second step of epoch 1, then whole epochs
+        assert len({*alone[first], *alone[first + 1]}) == 8
+    train, _ = open_sets(root, (2007,), masks=False)
+    assert len(next(training_batches(train, 0, 1, batch_size=99, seed=1, workers=0))[0]) == 9
 
 
 def test_schedule() -> None:
@@ -255,35 +262,3 @@ def test_absent_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(UserError, match="detection needs faster-coco-eval; run pip install faster-coco-eval"):
         check_metric()
-
-
-def test_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
-    root = tiny_voc(tmp_path / "voc", {"trainval": 4, "test": 3})
-    coco = tmp_path / "coco"
-    (coco / "annotations").mkdir(parents=True)
-    for path, years, masks, message in (
-        ("", (2007,), False, "--data_path: name the folder"),
-        (tmp_path / "none", (2007,), False, "no such folder"),
-        (root, (2007, 2012), False, "expected VOCdevkit/VOC2012 .* of COCO; without it give --voc_years 2007$"),
-        (root, (2007,), True, "masks need COCO's annotations/"),
-        (coco, (2007,), False, "found annotations, expected annotations/instances_train2017.json"),
-    ):
-        with pytest.raises(UserError, match=message):
-            open_sets(str(path), years, masks)
-    empty = {"images": [{"id": 1, "file_name": "a.jpg", "height": 5, "width": 5}], "annotations": [], "categories": []}
-    for split in ("train2017", "val2017"):
-        (coco / split).mkdir()
-        (coco / split / "a.jpg").touch()
-        (coco / "annotations" / f"instances_{split}.json").write_text(json.dumps(empty))
-    with pytest.raises(UserError, match="no image has an object to be found; the ground truth is empty"):
-        open_sets(str(coco), (2007,), False)
-    wrong = {**empty, "annotations": [{"image_id": 9, "bbox": [0, 0, 1, 1]}]}
-    (coco / "annotations" / "instances_val2017.json").write_text(json.dumps(wrong))
-    with pytest.raises(UserError, match="no readable annotations of COCO"):
-        open_sets(str(coco), (2007,), False)
-
-
-def test_tiny_folders_have_their_own_classes(tmp_path: Path) -> None:
-    train, test = tiny(tmp_path)
-    assert train.classes == test.classes == list(CLASSES)
-    assert np.unique(train.labels_K).tolist() == [1, 2, 3] and (train.areas_K == 24 * 24).all()

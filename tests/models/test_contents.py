@@ -19,7 +19,7 @@ from clusterssl.errors import UserError
 from clusterssl.models.build import build_backbone, build_model
 from clusterssl.models.contents import contents
 from clusterssl.models.exported import detectron2_names
-from clusterssl.models.headed import HeadedNet
+from clusterssl.models.headed import HeadedNet, build_headed
 from clusterssl.models.weights import backbone_from_weights, load_backbone, model_from_weights, published_state_dict
 from tests.models.golden import published_names
 
@@ -137,6 +137,14 @@ def test_detectron2_names_are_named(tmp_path: Path) -> None:
     torch.save({"model": names, "matching_heuristics": True}, tmp_path / "detectron2.pth")
     with pytest.raises(UserError, match=r"has detectron2's names; give the checkpoint"):
         load_backbone(build_backbone("resnet18"), str(tmp_path / "detectron2.pth"))
+    assert contents(str(tmp_path / "detectron2.pth"))["what"] == "weights of another network"
+
+
+def test_clusters_on_features_are_deepclusters_or_selas(tmp_path: Path) -> None:
+    network = build_headed("conv4w4", "small", (7, 9))
+    torch.save({"state_dict": published_state_dict(network)}, tmp_path / "run.pth")
+    told = contents(str(tmp_path / "run.pth"))
+    assert told["what"] == "DeepCluster or SeLa" and told["clusters"] == "7, 9"
 
 
 def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:

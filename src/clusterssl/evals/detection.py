@@ -93,15 +93,23 @@ def rate_at(step: int, *, lr: float, warmup: int, lr_steps: Sequence[int]) -> fl
 def training_batches(
     images: DetectionSet, start: int, total: int, *, batch_size: int, seed: int, workers: int
 ) -> Iterator[Batch]:
-    """Steps `start` to `total` - 1; the loader begins anew with every epoch."""
+    """Steps `start` to `total` - 1; the loader begins anew with every epoch, whose last images may be left out.
+
+    BatchNorm waits for all ranks: none may be without images.
+
+    Raises:
+        UserError: fewer images than ranks.
+    """
     usable = images.with_objects()
-    steps = itertools.islice(steps_from(start, len(usable), batch_size, seed), total - start)
+    if len(usable) < dist.size():
+        raise UserError(f"{len(usable)} images with objects for {dist.size()} ranks; use fewer ranks")
+    steps = itertools.islice(steps_from(start, len(usable), batch_size, seed, whole=True), total - start)
     for _, of_epoch in itertools.groupby(steps, key=lambda step: step[0]):
         plan = list(of_epoch)
-        keys = [[(epoch, int(usable[i])) for i in rows] for epoch, rows, _ in plan if len(rows)]
+        keys = [[(epoch, int(usable[i])) for i in rows] for epoch, rows, _ in plan]
         batches = checked(object_batches(images, keys, training=True, seed=seed, workers=workers))
-        for _, rows, count in plan:
-            yield (next(batches) if len(rows) else []), count
+        for _, _, count in plan:
+            yield next(batches), count
 
 
 def train_step(
@@ -114,11 +122,10 @@ def train_step(
     loss = parameters[0].new_zeros(())
     for sampler in samplers:
         sampler.step, sampler.index = number, [i for _, _, i in items]
-    if items:
-        pixels = [image.to(device, torch.float32) / 255 for image, _, _ in items]
-        targets = [{name: tensor.to(device) for name, tensor in target.items()} for _, target, _ in items]
-        loss = sum(model(pixels, targets).values(), loss) * (len(items) / total)
-        loss.backward()
+    pixels = [image.to(device, torch.float32) / 255 for image, _, _ in items]
+    targets = [{name: tensor.to(device) for name, tensor in target.items()} for _, target, _ in items]
+    loss = sum(model(pixels, targets).values(), loss) * (len(items) / total)
+    loss.backward()
     sum_gradients(parameters)
     optimizer.step()
     return dist.all_reduce_(loss.detach())

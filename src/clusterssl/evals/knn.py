@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -121,11 +121,19 @@ def nearest(
         return []
     best = [_Best(len(part_QF), k, part_QF) for part_QF in unit]
     room = _Room(max(map(len, unit)) * min(bank_chunk, len(bank_NF)), unit[0])
-    for start in range(0, len(bank_NF), bank_chunk):
-        block_NF = F.normalize(bank_NF[start : start + bank_chunk].to(device), dim=1)
+    for start, stop in _blocks(len(bank_NF), k, bank_chunk):
+        block_NF = F.normalize(bank_NF[start:stop].to(device), dim=1)
         for part_QF, found in zip(unit, best, strict=True):
             found.see(room.product(part_QF, block_NF), start, room)
-    return [(found.similarity_Qk, found.row_Qk) for found in best]
+    return [found.in_order() for found in best]
+
+
+def _blocks(rows: int, k: int, most: int) -> Iterator[tuple[int, int]]:
+    """First and last row of each block: the first ones are small, since all of their similarities are sorted."""
+    start, width = 0, min(20 * k, most)
+    while start < rows:
+        yield start, min(start + width, rows)
+        start, width = start + width, min(2 * width, most)
 
 
 class _Room:
@@ -172,18 +180,24 @@ class _Best:
     def see(self, similarity_QN: Tensor, first: int, room: _Room) -> None:
         """Take in the similarities to the bank rows from `first` on."""
         if self.similarity_Qk.shape[1] == self.k:
-            at = room.passing(similarity_QN, self.similarity_Qk[:, -1:])
+            at = room.passing(similarity_QN, self.similarity_Qk.amin(1, keepdim=True))
             if len(at) <= _MOST_PASSING * similarity_QN.numel():
                 if len(at):
                     self._merge(*_gathered(similarity_QN, at, first))
                 return
-        similarity, column = similarity_QN.topk(min(self.k, similarity_QN.shape[1]), dim=1)
+        similarity, column = similarity_QN.topk(min(self.k, similarity_QN.shape[1]), dim=1, sorted=False)
         self._merge(similarity, column + first)
 
     def _merge(self, similarity: Tensor, row: Tensor) -> None:
         similarity = torch.cat([self.similarity_Qk, similarity], dim=1)
-        self.similarity_Qk, place = similarity.topk(min(self.k, similarity.shape[1]), dim=1)
+        self.similarity_Qk, place = similarity.topk(min(self.k, similarity.shape[1]), dim=1, sorted=False)
         self.row_Qk = torch.cat([self.row_Qk, row], dim=1).gather(1, place)
+
+    def in_order(self) -> tuple[Tensor, Tensor]:
+        """Similarities and rows, the highest first, equal ones by row."""
+        row_Qk, order = self.row_Qk.sort(dim=1)
+        similarity_Qk, place = self.similarity_Qk.gather(1, order).sort(dim=1, descending=True, stable=True)
+        return similarity_Qk, row_Qk.gather(1, place)
 
 
 def _gathered(similarity_QN: Tensor, at: Tensor, first: int) -> tuple[Tensor, Tensor]:

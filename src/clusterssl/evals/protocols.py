@@ -91,8 +91,9 @@ def _clusters(setup: Setup, options: ProtocolOptions) -> Iterator[Found]:
     for found in find_clusters(setup, chosen):
         for record in records(found, hierarchies):
             above = f" ({record['superclass']})" if record["superclass"] else ""
-            names = ("accuracy",) if above else ("accuracy", "nmi", "ami", "ari")
-            yield "clusters", record, {f"clusters {name}{above}": record[name] for name in names}
+            names = ("accuracy",) if above else ("accuracy", "hungarian_accuracy", "nmi", "ami", "ari")
+            columns = {name: f"clusters {name.removesuffix('_accuracy')}{above}" for name in names}
+            yield "clusters", record, {column: record[name] for name, column in columns.items()}
 
 
 def _semisup(setup: Setup, options: ProtocolOptions) -> Iterator[Found]:

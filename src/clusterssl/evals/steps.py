@@ -32,7 +32,9 @@ FREE = frozenset(_IMMATERIAL.split())
 """flags that may differ when a run is resumed: the network, the global batch and the images are compared instead"""
 
 
-def steps_from(start: int, size: int, batch_size: int, seed: int) -> Iterator[tuple[int, Tensor, int]]:
+def steps_from(
+    start: int, size: int, batch_size: int, seed: int, *, whole: bool = False
+) -> Iterator[tuple[int, Tensor, int]]:  # fmt: skip
     """Endless training steps over random orders of all images, from step `start` on.
 
     Args:
@@ -40,14 +42,17 @@ def steps_from(start: int, size: int, batch_size: int, seed: int) -> Iterator[tu
         size: images of an epoch.
         batch_size: images of this rank and step.
         seed: of the orders.
+        whole: leave out what is left of an epoch after its last whole step, so that no rank is without images.
 
     Yields:
         Epoch, this rank's dataset positions int64 (none where fewer images than ranks are left), images of all ranks.
     """
-    per_epoch = -(-size // (batch_size * dist.size()))
+    together = batch_size * dist.size()
+    per_epoch = max(1, size // together) if whole else -(-size // together)
     epoch, skip = divmod(start, per_epoch)
     while True:
-        for rows, total in list(rows_of_steps(epoch_order(size, seed, epoch), batch_size))[skip:]:
+        order = epoch_order(size, seed, epoch)[: per_epoch * together]
+        for rows, total in list(rows_of_steps(order, batch_size))[skip:]:
             yield epoch, rows, total
         epoch, skip = epoch + 1, 0
 

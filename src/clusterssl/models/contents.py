@@ -53,7 +53,7 @@ def _system(state: State, checkpoint: Mapping[str, Any], look: Look | None) -> s
     """The method or kind of file, from its names."""
     parts = {head_part(name) for name in state} - {""}
     if look is None:
-        return "weights of another network" if not no_network(state) else "a linear classifier"
+        return "a linear classifier" if "linear.weight" in state and no_network(state) else "weights of another network"
     if parts & {"mlp_head", "cls_0"}:
         return "Self-Classifier"
     if "prototypes" in parts:
@@ -66,7 +66,8 @@ def _system(state: State, checkpoint: Mapping[str, Any], look: Look | None) -> s
             return "DeepCluster"
         if "labels" in checkpoint or "L" in checkpoint or look.arch.startswith("sela_"):
             return "SeLa"
-        return "a network with a classifier (torchvision's names)"
+        torchvisions = any(name.removeprefix("module.").startswith("fc.") for name in raw_state(checkpoint, ""))
+        return "a network with a classifier (torchvision's names)" if torchvisions else "DeepCluster or SeLa"
     return "a backbone without head"
 
 

@@ -19,8 +19,8 @@ demo: $(INSTALLED) ## pretrain SwAV on the built-in digits, evaluate it, write t
 test: $(INSTALLED) ## the default tests (one process a core, four at most)
 	@$(BIN) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-slow: $(INSTALLED) ## the tests that take minutes
-	@$(BIN) -m pytest -m slow $(ARGS)
+slow: $(INSTALLED) ## the tests that take minutes (two files at a time)
+	@$(BIN) -m pytest -m slow -n auto --maxprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy
 	@$(BIN) -m ruff check .

@@ -126,7 +126,7 @@ def test_without_flags_learns_from_the_digits(name: str, tmp_path: Path) -> None
     """Better than the untrained network; how much, and how soon, is the bench's."""
     script, _, _ = METHODS[name]
     version = ["--version", "1"] if name == "sela_v1" else []
-    launched = Launched(script, *version, "--dump_path", str(tmp_path), env={"OMP_NUM_THREADS": "2"})
+    launched = Launched(script, *version, "--dump_path", str(tmp_path), env={"OMP_NUM_THREADS": "1"})
     codes, printed = launched.wait(timeout=600)
     assert codes == [0], printed
     path = tmp_path / "checkpoint.pth.tar"

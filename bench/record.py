@@ -28,7 +28,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
             continue
     git = [
         subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
-        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno", "--", ".", ":!bench/results"))
     ]
     about = {
         "command": shlex.join(["python", *sys.argv]),

@@ -172,7 +172,7 @@ SMALL = {
         ("1", "--nmb_prototypes 5", "--nmb_prototypes: unknown flag"),
         ("1", "--restart", "--restart: not here; another --exp starts again"),
         ("1", "--test-only", "--test_only: not here; eval_knn.py tests"),
-        ("2", "--nmb_prototypes 12", "--crops_for_assign names 2 crops, --nmb_prototypes 1 layers"),
+        ("2", "--nmb_prototypes 12", "--crops_for_assign names 2 crops, --nmb_prototypes has layers for only 1"),
         ("2", "--nmb_prototypes 12 97", "--nmb_prototypes 97: there are only 96 images in an epoch to cluster"),
         ("2", "--crops_for_assign 0 3 --nmb_prototypes 5 5", "--crops_for_assign 0 3: there are 3 crops"),
         ("2", "--nmb_prototypes 12 1", "--nmb_prototypes: must be at least 2 each"),

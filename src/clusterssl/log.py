@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from clusterssl.dist import World
@@ -15,6 +16,7 @@ def log_to_screen(world: World) -> logging.Logger:
     What joining the ranks brought to light is shown at once.
     """
     package = _show(world)
+    package.addHandler(MemoryHandler(1000, flushLevel=logging.CRITICAL + 1))
     for level, text in world.notes:
         package.log(level, "%s", text)
     return package
@@ -34,11 +36,13 @@ def _show(world: World) -> logging.Logger:
 
 
 def log_to_file(path: Path, world: World) -> None:
-    """As `log_to_screen`, and rank 0 also appends everything to a file."""
+    """As `log_to_screen`, and rank 0 also appends everything to a file, with what the screen has shown before."""
+    handlers = logging.getLogger("clusterssl").handlers
+    early = [record for one in handlers if isinstance(one, MemoryHandler) for record in one.buffer]
     package = _show(world)
     if world.is_main:
         file = logging.FileHandler(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         package.addHandler(file)
-        for level, text in world.notes:
-            package.log(level, "%s", text, extra={"file_only": True})
+        for record in early:
+            file.handle(record)

@@ -35,11 +35,6 @@ def run(folder: Path, *words: object) -> dict[str, Any]:
     return json.loads((folder / "table.json").read_text())
 
 
-@pytest.fixture(autouse=True)
-def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-
-
 def two_checkpoints(folder: Path) -> list[Path]:
     (folder / "mine").mkdir(parents=True, exist_ok=True)
     return [

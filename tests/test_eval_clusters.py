@@ -38,11 +38,6 @@ def run(folder: Path, *words: object) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(autouse=True)
-def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-
-
 def test_published_flags_and_defaults() -> None:
     found = cfg.plain(eval_clusters.Config())
     expected = {"cls_num": 0, "num_classes": 15, "num_samples_per_class": 9, "kmeans_cls": "", "superclass": []}

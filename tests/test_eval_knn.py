@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from clusterssl import config as cfg
 from clusterssl.data import open_source
 from clusterssl.errors import UserError
 from tests.evals.checkpoints import own_checkpoint
-from tests.evals.logs import restored_logger  # noqa: F401
+from tests.evals.logs import records, restored_logger  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,10 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     monkeypatch.setattr(sys, "argv", ["eval_knn.py", *map(str, words)])
     eval_knn.main()
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
 def test_flags_and_defaults() -> None:

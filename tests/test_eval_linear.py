@@ -24,7 +24,7 @@ from clusterssl.evals.probing import Probing, presets
 from clusterssl.evals.setup import open_setup
 from clusterssl.models.build import build_backbone
 from tests.evals.checkpoints import own_checkpoint
-from tests.evals.logs import restored_logger  # noqa: F401
+from tests.evals.logs import records, restored_logger  # noqa: F401
 from tests.launch import Launched
 from tests.ranks import run_ranks
 
@@ -42,15 +42,6 @@ def run(folder: Path, *words: object) -> dict[str, Any]:
     sys.argv = ["eval_linear.py", "--dump_path", str(folder), *map(str, words)]
     eval_linear.main()
     return torch.load(folder / "checkpoint.pth.tar", weights_only=True)
-
-
-@pytest.fixture(autouse=True)
-def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
 def test_published_flags_and_defaults() -> None:

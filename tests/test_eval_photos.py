@@ -64,11 +64,6 @@ def check(folder: Path, data: Path, *words: str) -> dict[str, float]:
     return row
 
 
-@pytest.fixture(autouse=True)
-def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-
-
 def test_an_untrained_network(tmp_path: Path) -> None:
     data = photos(tmp_path / "data", 25, 10)
     row = check(

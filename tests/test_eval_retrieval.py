@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,16 +21,11 @@ from clusterssl.evals.groundtruth import GroundTruth
 from clusterssl.evals.retrieval import Benchmark, Describer, RetrievalOptions, Whole, ranked
 from clusterssl.models.build import build_backbone
 from clusterssl.models.trunks import alexnet
-from tests.evals.logs import restored_logger  # noqa: F401
+from tests.evals.logs import records, restored_logger  # noqa: F401
 from tests.evals.voc import unpacked
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
 
 
 def run(folder: Path, *words: object) -> int:
@@ -40,10 +34,6 @@ def run(folder: Path, *words: object) -> int:
     with pytest.raises(SystemExit) as end:
         cfg.entry(eval_retrieval.main)
     return int(end.value.code or 0)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
 def colours(root: Path, revisited: bool = True) -> Path:

@@ -23,7 +23,7 @@ from clusterssl.evals.subsets import stratified
 from clusterssl.models.build import build_backbone
 from clusterssl.models.weights import backbone_from_weights, model_from_weights
 from tests.evals.checkpoints import own_checkpoint
-from tests.evals.logs import restored_logger  # noqa: F401
+from tests.evals.logs import records, restored_logger  # noqa: F401
 from tests.ranks import run_ranks
 
 TABLE = Path(__file__).parent / "golden" / "published_flags.json"
@@ -35,15 +35,6 @@ def run(folder: Path, *words: object) -> dict[str, Any]:
     sys.argv = ["eval_semisup.py", "--dump_path", str(folder), *map(str, words)]
     eval_semisup.main()
     return torch.load(folder / "checkpoint.pth.tar", weights_only=True)
-
-
-@pytest.fixture(autouse=True)
-def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
 def test_published_flags_and_defaults() -> None:

@@ -14,7 +14,7 @@ import eval_voc
 from clusterssl import config as cfg
 from clusterssl import dist
 from clusterssl.evals import voc
-from tests.evals.logs import restored_logger  # noqa: F401
+from tests.evals.logs import records, restored_logger  # noqa: F401
 from tests.evals.voc import tiny_voc, unpacked
 from tests.ranks import run_ranks
 
@@ -26,21 +26,12 @@ TINY = ["--arch", "conv4w4", "--image_size", "24", "--split", "trainval", "--wor
         "--fc6_8", "0", "--min_scale", "0.5", "--max_scale", "1", "--device", "cpu"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-
-
 def run(folder: Path, *words: object) -> int:
     """Exit code of the script."""
     sys.argv = ["eval_voc.py", "--dump_path", str(folder), *map(str, words)]
     with pytest.raises(SystemExit) as end:
         cfg.entry(eval_voc.main)
     return int(end.value.code or 0)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

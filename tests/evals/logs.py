@@ -1,9 +1,12 @@
-"""Scripts under test set up the package's logger; this puts it back for the tests that follow."""
+"""What evaluations leave behind: their records; and the package's logger, put back for the tests that follow."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,3 +18,8 @@ def restored_logger() -> Iterator[None]:
     before = list(package.handlers), package.level, package.propagate
     yield
     package.handlers[:], package.level, package.propagate = before
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of evaluations.jsonl."""
+    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]

@@ -243,11 +243,6 @@ def evaluate_probes(
 _PLAIN_CENTRE = 4
 
 
-def topk_accuracy(logits_NC: Tensor, labels_N: Tensor, ks: Sequence[int] = (1, 5)) -> list[float]:
-    """Share of images, in percent, whose class is among the k highest logits, for each k (at most C)."""
-    return [100.0 * float(hits) / len(labels_N) for hits, _ in (_hits(logits_NC, labels_N, (k,)) for k in ks)]
-
-
 def _hits(logits_BC: Tensor, labels_B: Tensor, ks: Sequence[int] = (1, 5)) -> list[Tensor]:
     """Numbers of rows whose class is among the k highest logits, for each k, then the number of rows; float64."""
     order = logits_BC.detach().topk(min(max(ks), logits_BC.shape[1]), dim=1).indices == labels_B[:, None]

@@ -16,7 +16,7 @@ from clusterssl.evals.classifier import (
     Pooled,
     SyncedBatchNorm2d,
     epoch_order,
-    evaluate,
+    evaluate_probes,
     rows_of_steps,
     steps_in_memory,
     train_epoch,
@@ -131,9 +131,9 @@ def test_published_accuracy() -> None:
     with np.load(GOLDEN / "eval_metrics.npz") as arrays:
         logits, targets = torch.from_numpy(arrays["acc_logits"]), torch.from_numpy(arrays["acc_targets"])
         expected = arrays["acc_top1_top5_percent"]
-    scores = evaluate(torch.nn.Identity(), logits, targets, CPU)
+    scores = evaluate_probes(torch.nn.Identity(), [(logits, targets)], CPU)[0]
     assert [scores.top1, scores.top5] == pytest.approx(expected, abs=1e-5)
-    few = evaluate(torch.nn.Identity(), torch.eye(3), torch.tensor([0, 1, 0]), CPU)
+    few = evaluate_probes(torch.nn.Identity(), [(torch.eye(3), torch.tensor([0, 1, 0]))], CPU)[0]
     assert [few.top1, few.top5] == pytest.approx([200 / 3, 100])
 
 

@@ -13,7 +13,7 @@ import torch
 
 from clusterssl.dist import World
 from clusterssl.errors import Stopped, UserError
-from clusterssl.evals.classifier import LinearClassifier, epoch_order, evaluate, steps_in_memory, train_epoch
+from clusterssl.evals.classifier import LinearClassifier, epoch_order, evaluate_probes, steps_in_memory, train_epoch
 from clusterssl.evals.training import ClassifierRun, SgdOptions
 from tests.evals.logs import restored_logger  # noqa: F401
 
@@ -42,7 +42,7 @@ def run(
         steps = steps_in_memory(x[:40], y[:40], epoch_order(40, 0, epoch), 8)
         loss, _, _ = train_epoch(classifier, optimizer, steps, CPU)
         at(epoch)
-        _, top1, top5 = evaluate(classifier, x[40:], y[40:], CPU)
+        _, top1, top5 = evaluate_probes(classifier, [(x[40:], y[40:])], CPU)[0]
         return {"lr": OPTIONS.rate(epoch), "loss": loss, "top1": top1, "top5": top5}
 
     training = ClassifierRun("eval_linear", str(folder), World())
@@ -98,7 +98,7 @@ def test_the_best_epoch_is_kept_with_published_names(tmp_path: Path) -> None:
     classifier = LinearClassifier((3,), 3)
     classifier.load_state_dict({name[7:]: tensor for name, tensor in kept["state_dict"].items()})
     x, y = noisy()
-    assert evaluate(classifier, x[40:], y[40:], CPU)[1] == best["top1"]
+    assert evaluate_probes(classifier, [(x[40:], y[40:])], CPU)[0][1] == best["top1"]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 6
 

@@ -13,7 +13,7 @@ from torch import nn
 from clusterssl import dist
 from clusterssl.data import open_source
 from clusterssl.evals import features
-from clusterssl.evals.classifier import LinearClassifier, epoch_order, evaluate, steps_in_memory, train_epoch
+from clusterssl.evals.classifier import LinearClassifier, epoch_order, evaluate_probes, steps_in_memory, train_epoch
 from clusterssl.evals.features import augmented_steps, extract
 from clusterssl.evals.knn import knn_accuracy
 from tests.ranks import run_ranks
@@ -43,7 +43,9 @@ def training(step_images: int) -> Any:
     for epoch in range(3):
         steps = steps_in_memory(x, y, epoch_order(53, 9, epoch), step_images // dist.size())
         numbers.append(train_epoch(classifier, optimizer, steps, CPU))
-        numbers.append(evaluate(classifier, x[start:stop], y[start:stop], CPU, batch_size=10))
+        numbers.append(
+            evaluate_probes(classifier, zip(x[start:stop].split(10), y[start:stop].split(10), strict=True), CPU)[0]
+        )
     state = [tensor.double().flatten() for tensor in classifier.state_dict().values()]
     return np.concatenate([np.asarray(numbers).ravel(), torch.cat(state).numpy()])
 

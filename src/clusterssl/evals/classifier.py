@@ -204,15 +204,6 @@ def train_probes(
 
 
 @torch.no_grad()
-def evaluate(
-    classifier: nn.Module, features_NF: Tensor, labels_N: Tensor, device: torch.device, batch_size: int = 1024
-) -> Scores:
-    """Scores of one classifier; see `evaluate_probes`."""
-    batches = zip(features_NF.split(batch_size), labels_N.split(batch_size), strict=True)
-    return evaluate_probes(classifier, batches, device)[0]
-
-
-@torch.no_grad()
 def evaluate_probes(
     classifier: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, crops: str = "",
 ) -> list[Scores]:  # fmt: skip

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from clusterssl.evals.knn import check_flags, knn_accuracy, memory_mib
+from clusterssl.evals.knn import check_flags, knn_accuracy
+from clusterssl.evals.search import memory_mib
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "eval_metrics.npz"
 

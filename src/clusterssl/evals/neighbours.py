@@ -11,7 +11,8 @@ from typing import Any
 
 from clusterssl.config import require
 from clusterssl.evals.keeping import Features
-from clusterssl.evals.knn import check_flags, knn_accuracy, memory_mib
+from clusterssl.evals.knn import check_flags, knn_accuracy
+from clusterssl.evals.search import memory_mib
 from clusterssl.evals.setup import Embedding, Setup
 from clusterssl.evals.subsets import LabelOptions
 

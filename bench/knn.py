@@ -7,8 +7,8 @@
 All search the same features in turns: ours, which lets faiss compare where it is installed; ours without faiss; faiss
 from the features, which it must bring to unit length and put into its index, too; and faiss with its index ready. CPU
 time, that of all threads together, depends less on what else the machine does. The memory run reads 100,000 features
-memory-mapped, watches the anonymous memory of the process (its own, not the pages of the files) and compares the peak with the
-formula that eval_knn.py shows; then the formula is told for ImageNet.
+memory-mapped, watches the anonymous memory of the process (its own, not the pages of the files) and compares the peak
+with the formula that eval_knn.py shows; then the formula is told for ImageNet.
 """
 
 from __future__ import annotations

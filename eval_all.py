@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,18 +49,20 @@ class Config:
     """of every evaluation"""
 
 
-def first_setup(config: Config, pretrained: str) -> Setup:
-    """The images, and one of the networks; features are kept in the result folder."""
-    networks = config.networks
-    flags = inputs.NetworkOptions(pretrained, networks.arch, networks.stem, networks.image_size)
+def first_setup(config: Config, names: Iterable[str]) -> Setup:
+    """The images, and the first network that can be read; features are kept in the result folder."""
+    networks, (first, *others) = config.networks, names
+    flags = inputs.NetworkOptions(first, networks.arch, networks.stem, networks.image_size)
     cache = config.cache if config.cache.cache_features else CacheOptions(str(Path(config.dump_path) / "features"))
-    return open_setup(config.launch, flags, config.data, dump_path=config.dump_path, seed=config.seed, cache=cache)
+    return open_setup(
+        config.launch, flags, config.data, dump_path=config.dump_path, seed=config.seed, cache=cache, or_else=others
+    )
 
 
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
     names, folder, comparison = names_of(config.networks.pretrained or ("",)), Path(config.dump_path), Comparison()
-    setup = first_setup(config, next(iter(names)))
+    setup = first_setup(config, names)
     title = f"Evaluations on {config.data.val_split} of {config.data.data_path}, percent"
     for pretrained, name in names.items():
         comparison.evaluate(name, pretrained, setup, config.protocol)

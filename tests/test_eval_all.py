@@ -85,10 +85,13 @@ def test_what_fails_is_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert "--superclass entity13" in (tmp_path / "table.md").read_text()
 
 
-def test_a_damaged_checkpoint_does_not_stop_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_damaged_checkpoint_does_not_stop_the_others(tmp_path: Path, place: int) -> None:
     mine, other = two_checkpoints(tmp_path)
     (tmp_path / "torn.pth").write_bytes(mine.read_bytes()[:500])
-    words = ["--pretrained", mine, tmp_path / "torn.pth", other, "--protocols", "knn"]
+    checkpoints = [mine, other]
+    checkpoints.insert(place, tmp_path / "torn.pth")
+    words = ["--pretrained", *checkpoints, "--protocols", "knn"]
     with pytest.raises(UserError, match=r"1 failed: torn, knn: .*torn\.pth"):
         run(tmp_path / "out", *words)
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]

@@ -87,6 +87,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint file; check the path")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    if _is_text(path):
+        raise UserError(f"{path}: a text file, not a checkpoint; give the file of the weights")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on old or foreign pickle protocols help nobody
@@ -103,6 +105,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint dictionary")
     return state
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file begins with words; some of them would be read as instructions of a pickle."""
+    with path.open("rb") as file:
+        begin = file.read(256)
+    return bool(begin) and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in begin)
 
 
 def check_sums(path: Path) -> None:

@@ -17,6 +17,7 @@ from clusterssl.evals.search import BANK_CHUNK, CHUNK, nearest
 
 logger = logging.getLogger(__name__)
 
+
 def knn_accuracy(
     train_NF: Tensor,
     train_labels_N: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,18 @@ class Setup:
 
 def open_setup(
     launch: inputs.LaunchOptions, network: inputs.NetworkOptions, data: inputs.DataOptions, *, dump_path: str,
-    seed: int, cache: CacheOptions | None = None,
+    seed: int, cache: CacheOptions | None = None, or_else: Sequence[str] = (),
 ) -> Setup:  # fmt: skip
     """Join the other ranks, open the images and the network.
+
+    Args:
+        launch: how the ranks meet.
+        network: its checkpoint and what it does not tell.
+        data: the images.
+        dump_path: where results go.
+        seed: of everything random.
+        cache: where features are kept.
+        or_else: checkpoints to open instead, the first that can be read.
 
     Raises:
         UserError: see `inputs.open_splits` and `inputs.open_network`.
@@ -125,5 +135,12 @@ def open_setup(
     world = launch.join()
     log_to_screen(world)
     train, val = inputs.open_splits(data)
-    opened = inputs.open_network(network, data_path=data.data_path, seed=seed)
-    return Setup(world, opened, train, val, network, data, cache or CacheOptions(), dump_path, seed)
+    problems = []
+    for flags in (network, *(replace(network, pretrained=other) for other in or_else)):
+        try:
+            opened = inputs.open_network(flags, data_path=data.data_path, seed=seed)
+        except UserError as error:
+            problems.append(error)
+            continue
+        return Setup(world, opened, train, val, flags, data, cache or CacheOptions(), dump_path, seed)
+    raise problems[0]

@@ -66,7 +66,7 @@ class TransportLabels:
         if self.kept > 1:
             where = dist.all_gather_cat(index_M)
             self.weights_HNJ[head] = 0
-            self.weights_HNJ[head, where] = dist.all_gather_cat(plan.weights_NJ.float())
+            self.weights_HNJ[head, where] = dist.all_gather_cat(plan.weights_NJ.to(self.weights_HNJ.dtype))
             self.clusters_HNJ[head, where] = dist.all_gather_cat(plan.clusters_NJ.int())
         return plan.labels_N
 

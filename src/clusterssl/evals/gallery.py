@@ -30,13 +30,14 @@ def cluster_strips(
         members = np.flatnonzero(fitted.labels_ == cluster)
         distance = np.linalg.norm(points_ND[members] - fitted.cluster_centers_[cluster], axis=1)
         typical = members[np.argsort(distance)][:SHOWN]
-        caption = f"{len(members)} images" + _mostly(labels.numpy()[members], source.classes)
+        caption = f"{len(members)} images" + mostly(labels.numpy()[members], source.classes)
         picture = strip([source.load(int(row)).permute(1, 2, 0).numpy() for row in typical])
         strips.append((caption, f"The {len(typical)} most typical of {caption}", picture))
     return tuple(strips)
 
 
-def _mostly(labels: np.ndarray, classes: list[str]) -> str:
+def mostly(labels: np.ndarray, classes: list[str]) -> str:
+    """Which class most images are of, as the end of a caption; "" where none has a label."""
     known = labels[labels >= 0]
     if not len(known):
         return ""

@@ -150,6 +150,12 @@ def open_network(
     return Network(backbone, arch, stem, image_size, fingerprint(backbone), pixel_std(state))
 
 
+def checkpoint_of(path: str) -> str:
+    """The checkpoint file of a run directory; any other path or address as it is."""
+    folder = Path(path).expanduser()
+    return str(folder / "checkpoint.pth.tar") if path and folder.is_dir() else path
+
+
 def pixel_std(state: Mapping[str, Any]) -> tuple[float, float, float]:
     """What the pixels were divided by when a checkpoint was trained; SwAV and its kin have a figure of their own."""
     own = not state or any(name.startswith(("projection_head.", "prototypes.")) for name in state)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from clusterssl import dist
@@ -94,13 +94,13 @@ class Entry:
         try:
             if dist.rank() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _lay_out(self._aside, shape)
+                lay_out(self._aside, shape)
         except OSError as error:
             problem = first_line(error)
         self._agree(problem)
         try:
             with self._aside.open("r+b") as file:
-                file.seek(_offset(self._aside) + first * 4 * int(np.prod(shape[1:])))
+                file.seek(offset(self._aside) + first * 4 * int(np.prod(shape[1:])))
                 for batch in batches:
                     file.write(batch.contiguous().numpy().data)
                 file.flush()
@@ -139,14 +139,15 @@ class Entry:
             )
 
 
-def _lay_out(path: Path, shape: tuple[int, ...]) -> None:
-    """An .npy file of float32 without its numbers; the space is taken up as they are written."""
+def lay_out(path: Path, shape: tuple[int, ...], dtype: DTypeLike = "<f4") -> None:
+    """An .npy file without its numbers; the space is taken up as they are written."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        file.truncate(file.tell() + 4 * int(np.prod(shape)))
+        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + np.dtype(dtype).itemsize * int(np.prod(shape)))
 
 
-def _offset(path: Path) -> int:
+def offset(path: Path) -> int:
     """Bytes before the numbers of an .npy file."""
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
@@ -157,9 +158,9 @@ def _offset(path: Path) -> int:
 def _compact(path: Path, keep: NDArray[np.int64]) -> None:
     """Keep these rows only."""
     rows, shorter = np.load(path, mmap_mode="r"), path.with_suffix(".kept.tmp")
-    _lay_out(shorter, (len(keep), *rows.shape[1:]))
+    lay_out(shorter, (len(keep), *rows.shape[1:]))
     with shorter.open("r+b") as file:
-        file.seek(_offset(shorter))
+        file.seek(offset(shorter))
         for start in range(0, len(keep), _ROWS_PER_COPY):
             file.write(np.ascontiguousarray(rows[keep[start : start + _ROWS_PER_COPY]]).data)
     shorter.replace(path)

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
+
+_QUALITY = 70
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,22 @@ def grid(rows: Sequence[Sequence[np.ndarray]], side: int = 128, border: int = 3,
     return _png(sheet)
 
 
-def strip(images: Sequence[np.ndarray], side: int = 32, gap: int = 2) -> str:
-    """A row of images as the data address of one PNG.
+def strip(images: Sequence[np.ndarray], side: int = 32, gap: int = 2, *, photo: bool = False) -> str:
+    """A row of images as the data address of one picture.
 
     Args:
         images: uint8 arrays H x W x 3 (or H x W, grey), at least one.
         side: height and width of a thumbnail in pixels.
         gap: transparent pixels between two.
+        photo: a WebP that is not quite exact, a tenth as large as the PNG where the images are photographs.
     """
     row = Image.new("RGBA", (len(images) * (side + gap) - gap, side), (0, 0, 0, 0))
     for at, image in enumerate(images):
         row.paste(_thumbnail(image, side), (at * (side + gap), 0))
+    if photo and features.check("webp"):
+        file = io.BytesIO()
+        row.save(file, format="WEBP", quality=_QUALITY)
+        return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
     return "data:image/png;base64," + base64.b64encode(_png(row)).decode("ascii")
 
 

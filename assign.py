@@ -1,0 +1,52 @@
+"""Label any folder of images by a trained network: CSV, a page to look at, links, duplicates, outliers, neighbours.
+
+A network with clusters of its own (prototypes, heads, classifiers) is taken at its word; --k divides the images into
+any other number of clusters by k-means of the features, which any network has. Killed, the same command goes on.
+
+    python assign.py --pretrained runs/mine --images photos --out labels
+    python assign.py --pretrained runs/mine --images photos --out labels --k 20 --links
+    python assign.py --pretrained moco_v2_800ep.pth.tar --images photos --out labels --near cat.jpg dog.jpg
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from clusterssl import config as cfg
+from clusterssl import dist
+from clusterssl.evals import inputs
+from clusterssl.labelling.neighbourhood import NeighbourOptions
+from clusterssl.labelling.pages import PageOptions
+from clusterssl.labelling.reading import ReadingOptions
+from clusterssl.labelling.work import FolderOptions, Options, label_folder
+from clusterssl.log import log_to_screen
+
+
+@dataclass(frozen=True)
+class Config:
+    folder: FolderOptions = FolderOptions()
+    network: inputs.NetworkOptions = inputs.NetworkOptions()
+    reading: ReadingOptions = ReadingOptions()
+    neighbours: NeighbourOptions = NeighbourOptions()
+    page: PageOptions = PageOptions()
+    launch: inputs.LaunchOptions = inputs.LaunchOptions()
+    seed: int = 31
+    """of k-means"""
+
+
+def main() -> None:
+    config = cfg.parse(Config, description=__doc__)
+    world = config.launch.join()
+    log_to_screen(world)
+    network = replace(config.network, pretrained=inputs.checkpoint_of(config.network.pretrained))
+    asked = Options(network, config.folder, config.reading, config.neighbours, config.page, config.seed)
+    label_folder(asked, world)
+    dist.leave()
+
+
+if __name__ == "__main__":
+    cfg.entry(main)

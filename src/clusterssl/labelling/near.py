@@ -86,5 +86,5 @@ def _write_page(path: Path, source: Source, asked: Source, cosine_QE: Tensor, po
             part = positions[start : start + _A_STRIP]
             words = f"nearest {start + 1} to {start + len(part)}"
             strips.append((words, f"Images {words} to {name}", thumbnails(source, part)))
-        galleries.append(Gallery(name, tuple(strips), best))
+        galleries.append(Gallery(name, tuple(strips), best, wide=True))
     write_page(path, title="Nearest images", lead="Names and cosines are in near.csv.", galleries=galleries)

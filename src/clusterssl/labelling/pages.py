@@ -100,7 +100,7 @@ def write_clusters_page(
         UserError: it cannot be written.
     """
     galleries = [
-        Gallery(heading, tuple(_strip(clusters, int(row), options) for row in rows), _NOTE)
+        Gallery(heading, tuple(_strip(clusters, int(row), options) for row in rows), _NOTE, wide=True)
         for heading, rows in _parts(clusters, options)
     ]
     source = clusters.source
@@ -112,12 +112,12 @@ def write_clusters_page(
         strips = tuple(
             (word, f"Duplicates, {word}", thumbnails(source, part)) for word, part in zip(words, shown, strict=True)
         )
-        galleries.append(Gallery("Duplicates", strips, f"{len(copies.groups)} groups, listed in duplicates.csv."))
+        galleries.append(Gallery("Duplicates", strips, f"{len(copies.groups)} groups, listed in duplicates.csv.", True))
     if odd is not None and len(odd.positions_O) and options.num_classes:
         part = odd.positions_O[: 2 * options.num_samples_per_class]
         word = f"the {len(part)} farthest of {len(odd.positions_O)}"
         note = f"Mean distance to their neighbours above {odd.threshold:.3f}, listed in outliers.csv."
-        galleries.append(Gallery("Outliers", ((word, f"Outliers, {word}", thumbnails(source, part)),), note))
+        galleries.append(Gallery("Outliers", ((word, f"Outliers, {word}", thumbnails(source, part)),), note, True))
     write_page(path, title=title, lead=lead, tables=[clusters.table()], galleries=galleries)
 
 
@@ -125,17 +125,19 @@ _NOTE = "The images of highest confidence, the most confident first."
 
 
 def _parts(clusters: Clusters, options: PageOptions) -> list[tuple[str, NDArray[np.int64]]]:
-    """Rows of the clusters in each part of the gallery; parts that would repeat the first one are left out."""
+    """Rows of the clusters in each part of the gallery; where they are few, all in one part."""
     number = options.num_classes
     if not number:
         return []
     by_size, by_doubt = np.argsort(-clusters.sizes, kind="stable"), np.argsort(clusters.confidence, kind="stable")
-    parts = [("Largest clusters", by_size[:number])]
-    if len(by_size) > number:
-        parts.append(("Smallest clusters", by_size[::-1][:number]))
-        parts.append(("Surest clusters", by_doubt[::-1][:number]))
-        parts.append(("Most doubtful clusters", by_doubt[:number]))
-    return parts
+    if len(by_size) <= 3 * number:
+        return [("All clusters, the largest first", by_size)]
+    return [
+        ("Largest clusters", by_size[:number]),
+        ("Smallest clusters", by_size[::-1][:number]),
+        ("Surest clusters", by_doubt[::-1][:number]),
+        ("Most doubtful clusters", by_doubt[:number]),
+    ]
 
 
 def _strip(clusters: Clusters, row: int, options: PageOptions) -> tuple[str, str, str]:

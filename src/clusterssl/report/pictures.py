@@ -20,6 +20,8 @@ class Gallery:
     title: str
     strips: tuple[tuple[str, str, str], ...]
     note: str = ""
+    wide: bool = False
+    """two strips beside one another instead of three"""
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], side: int = 128, border: int = 3, gap: int = 15) -> bytes:

@@ -67,7 +67,33 @@ def test_equals_the_float64_log_domain_reference(epsilon: float, shape: tuple[in
 
 def test_both_paths_agree_where_both_are_valid() -> None:
     scores = cosines(50, 20).double()
-    torch.testing.assert_close(module._by_scaling(scores, 1.0, 0.05, 5), module._in_log_domain(scores, 0.05, 5))
+    scaled = module._by_scaling(scores, 1.0, 0.05, 5, torch.empty_like(scores))
+    torch.testing.assert_close(scaled, module._in_log_domain(scores, 0.05, 5))
+
+
+def test_scores_are_kept_unless_they_may_be_overwritten() -> None:
+    scores = cosines(40, 12)
+    given = scores.clone()
+    expected = sinkhorn(given, 0.05, 3, bound=1.0)
+    assert torch.equal(given, scores)
+    assert torch.equal(sinkhorn(given, 0.05, 3, bound=1.0, overwrite=True), expected)
+    half = scores.half()
+    torch.testing.assert_close(sinkhorn(half, 0.05, 3, overwrite=True), sinkhorn(half.float(), 0.05, 3))
+    assert torch.equal(half, scores.half())
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_blocks_of_rows_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = cosines(100, 20).double()
+    expected = reference(scores.numpy(), 0.05, 4)
+    monkeypatch.setattr(module, "_CACHED_ELEMENTS", rows * 20)
+    assert module._rows_at_a_time(scores) == rows
+    np.testing.assert_allclose(sinkhorn(scores, 0.05, 4).numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_a_common_offset_of_all_scores_changes_nothing() -> None:
+    scores = cosines(50, 20).double()
+    torch.testing.assert_close(sinkhorn(scores + 1e4, 0.05, 3), sinkhorn(scores, 0.05, 3), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(

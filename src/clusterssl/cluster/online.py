@@ -107,8 +107,9 @@ class OnlineAssigner:
                 rows_ND = torch.cat([self.queue.rows(slot).to(z_BD.dtype), z_BD])
             self.queue.push(slot, z_BD)
         with torch.autocast(z_BD.device.type, enabled=False):
+            scores_NK = rows_ND @ prototypes_KD.T
             q_NK = sinkhorn(
-                rows_ND @ prototypes_KD.T, self.options.epsilon, self.options.sinkhorn_iterations, bound=1.0
+                scores_NK, self.options.epsilon, self.options.sinkhorn_iterations, bound=1.0, overwrite=True
             )
         return q_NK[-z_BD.shape[0] :]
 

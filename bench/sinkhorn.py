@@ -1,0 +1,145 @@
+"""Sinkhorn assignments of a batch: ours beside the published formula, the log domain and lightly, on equal scores.
+
+    python bench/sinkhorn.py
+    python bench/sinkhorn.py --threads 2 --ranks 1
+    python bench/sinkhorn.py --device cuda --ranks 1 --repeats 50
+
+The published formula, written anew from its description, keeps Q = exp(scores / epsilon) and divides it in place by its
+total, then three times by the sums of the prototypes, their number, the sums of the images, and the number of these.
+The log domain alternates logsumexp over both. The systems take turns on fresh copies of the scores, medians count.
+"ours" takes the memory of the scores, as training does; "ours, kept" leaves them. Before anything is timed every result
+is compared with the formula in float64. Memory that was freed is kept for the next call, as in training.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+import torch.nn.functional as F
+from ranks import on_ranks
+from record import write_result
+from timing import in_turns
+from torch import Tensor
+
+from clusterssl import config as cfg
+from clusterssl import dist
+from clusterssl.cluster.sinkhorn import sinkhorn
+from clusterssl.pretrain import keep_freed_memory
+
+System = Callable[[Tensor, float, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Comparison."""
+
+    batches: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
+    """rows over all ranks"""
+    ranks: tuple[int, ...] = (1, 2, 4)
+    prototypes: int = 3000
+    epsilon: float = 0.05
+    iterations: int = 3
+    repeats: int = 15
+    threads: int = 1
+    """of a process alone; several ranks have one each"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    out: str = "bench/results/sinkhorn.json"
+
+
+def published(scores_BK: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Assignments by the published formula over all ranks (Caron et al. 2020, equations 3 to 5)."""
+    q_KB = torch.exp(scores_BK / epsilon).T
+    prototypes, batch = q_KB.shape[0], q_KB.shape[1] * dist.size()
+    q_KB /= dist.all_reduce_(q_KB.sum())
+    for _ in range(iterations):
+        q_KB /= dist.all_reduce_(q_KB.sum(dim=1, keepdim=True))
+        q_KB /= prototypes
+        q_KB /= q_KB.sum(dim=0, keepdim=True)
+        q_KB /= batch
+    q_KB *= batch
+    return q_KB.T
+
+
+def log_domain(scores_BK: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Assignments by alternating logsumexp, one rank."""
+    log_q_BK = scores_BK / epsilon
+    for _ in range(iterations):
+        log_q_BK -= log_q_BK.logsumexp(dim=0, keepdim=True)
+        log_q_BK -= log_q_BK.logsumexp(dim=1, keepdim=True)
+    return log_q_BK.exp_()
+
+
+def ours(scores_BK: Tensor, epsilon: float, iterations: int, overwrite: bool = True) -> Tensor:
+    """Assignments by `clusterssl.cluster.sinkhorn`."""
+    return sinkhorn(scores_BK, epsilon, iterations, bound=1.0, overwrite=overwrite)
+
+
+def systems() -> dict[str, System]:
+    """What is compared; lightly where it is installed."""
+    found: dict[str, System] = {"ours": ours, "ours, kept": partial(ours, overwrite=False), "published": published}
+    if dist.size() == 1:
+        found["log domain"] = log_domain
+    try:
+        from lightly.loss.swav_loss import sinkhorn as of_lightly
+    except ImportError:
+        return found
+    return {**found, "lightly": lambda s, e, n: of_lightly(s, n, e, gather_distributed=dist.size() > 1)}
+
+
+def scores(rows: int, options: Options) -> Tensor:
+    """This rank's cosines of random embeddings with random prototypes, 128 dimensions."""
+    generator = torch.Generator().manual_seed(rows)
+    z_BD, c_KD = (F.normalize(torch.randn(n, 128, generator=generator), dim=1) for n in (rows, options.prototypes))
+    first, end = dist.share(rows)
+    return (z_BD[first:end] @ c_KD.T).to(options.device)
+
+
+def measure(options: Options, rows: int) -> dict[str, dict[str, float]]:
+    """Seconds of each system on this rank's share of `rows`."""
+    torch.set_num_threads(1 if dist.size() > 1 else options.threads)
+    given = scores(rows, options)
+    expected = published(given.double(), options.epsilon, options.iterations)
+    calls = {}
+    for name, system in systems().items():
+        error = float((system(given.clone(), options.epsilon, options.iterations) - expected).abs().max())
+        cfg.require(error < 1e-5, f"{name} differs from the formula by {error:.2g}: nothing to time")
+        calls[name] = partial(_run, system, options)
+    return {name: one._asdict() for name, one in in_turns(calls, options.repeats, 2, given.clone).items()}
+
+
+def _run(system: System, options: Options, scores_BK: Tensor) -> Tensor:
+    return system(scores_BK, options.epsilon, options.iterations)
+
+
+def show(measured: dict[str, Any]) -> str:
+    """One line of the table."""
+    seconds, base = measured["seconds"], measured["seconds"]["published"]["median"]
+    cells = (f"{name} {1e3 * one['median']:.2f} ({base / one['median']:.2f} x)" for name, one in seconds.items())
+    return f"{measured['ranks']} rank(s), B {measured['batch']:5}: " + ", ".join(cells)
+
+
+def main() -> None:
+    options = cfg.parse(Options, description=__doc__)
+    keep_freed_memory()
+    rows: list[dict[str, Any]] = []
+    print(f"K = {options.prototypes}; milliseconds (speed over the published form's)\n")
+    for world_size in options.ranks:
+        for batch in options.batches:
+            found = on_ranks(measure, world_size, options, batch)
+            slowest = max(found, key=lambda one: one["ours"]["median"])
+            ratio = slowest["published"]["median"] / slowest["ours"]["median"]
+            rows.append({"ranks": world_size, "batch": batch, "seconds": slowest, "published_over_ours": ratio})
+            print(show(rows[-1]), flush=True)
+    write_result(Path(options.out), {"options": cfg.plain(options), "rows": rows})
+
+
+if __name__ == "__main__":
+    cfg.entry(main)

@@ -13,8 +13,8 @@ class DataOptions:
     """Images and crops."""
 
     data_path: str = "/path/to/imagenet"
-    """folder of images (class folders or not), a .txt list of files, "digits" (built in) or "synthetic"; without this
-    flag the script trains on the digits with settings fit for them"""
+    """folder of images (class folders or not, or packed by clusterssl.data.pack), a .txt list of files, "digits" (built
+    in) or "synthetic"; without this flag the script trains on the digits with settings fit for them"""
     subset_file: str = ""
     """text file that names the classes to train on, one a line by its first word; all classes without it"""
     nmb_crops: tuple[int, ...] = (2,)

@@ -38,6 +38,10 @@ class CachedSource:
         """Name of image i."""
         return self.inner.name(i)
 
+    def file_bytes(self, i: int) -> int:
+        """Size of the file of image i."""
+        return self.inner.file_bytes(i)
+
     def load(self, i: int) -> Tensor:
         """Image i, uint8 [3, H, W]; may be a view of the cache, not to be written to."""
         if self._filled[i]:

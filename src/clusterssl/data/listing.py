@@ -29,15 +29,22 @@ class Names:
     def __init__(self, root: str, names: Sequence[str]) -> None:
         encoded = [os.fsencode(name) for name in names]
         self.root = root
-        self._blob = b"".join(encoded)
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self.blob = b"".join(encoded)
+        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    @classmethod
+    def of_bytes(cls, root: str, blob: bytes, ends: NDArray[np.int64]) -> Names:
+        """From all names behind one another and where each ends."""
+        names = cls(root, ())
+        names.blob, names.ends = blob, ends
+        return names
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.ends)
 
     def __getitem__(self, i: int) -> str:
-        start = int(self._ends[i - 1]) if i else 0
-        return os.fsdecode(os.fsencode(self.root) + b"/" + self._blob[start : int(self._ends[i])])
+        start = int(self.ends[i - 1]) if i else 0
+        return os.fsdecode(os.fsencode(self.root) + b"/" + self.blob[start : int(self.ends[i])])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where images come from: folders, list files, the built-in digits, synthetic pictures.
+"""Where images come from: folders, packed folders, list files, the built-in digits, synthetic pictures.
 
 Everything downstream sees a `Source`: numbered images with names and, where known, labels.
 """
@@ -20,6 +20,7 @@ from clusterssl.data.builtin import digits, synthetic
 from clusterssl.data.cache import cached_if_small
 from clusterssl.data.decode import decode_file
 from clusterssl.data.listing import Listing, list_file, list_folder
+from clusterssl.data.packed import PackedSource, is_packed
 from clusterssl.data.patience import PATIENCE_S, load_patiently
 from clusterssl.data.subset import class_subset
 from clusterssl.errors import UserError
@@ -66,6 +67,10 @@ class FileSource:
         """Path of image i."""
         return self._names[i]
 
+    def file_bytes(self, i: int) -> int:
+        """Size of the file of image i; raises OSError."""
+        return os.path.getsize(self.name(i))  # noqa: PTH202
+
     def load(self, i: int) -> Tensor:
         """Decodes image i; see `decode_file` and `load_patiently`."""
         path = self.name(i)
@@ -79,8 +84,9 @@ def open_source(
 
     Args:
         data_path: "digits" (scikit-learn's handwritten digits at 32 pixels; splits train, val, test),
-            "synthetic[:N[:HxW[:classes]]]", a folder (class folders, nested or not; or pictures directly in it), or a
-            .txt / .lst file with one path per line, optionally followed by a tab or space and a label.
+            "synthetic[:N[:HxW[:classes]]]", a folder (class folders, nested or not; or pictures directly in it; or
+            what `clusterssl.data.pack` made of one), or a .txt / .lst file with one path per line, optionally followed
+            by a tab or space and a label.
         split: subfolder (or built-in split) to use; empty: the folder itself, or its train/ if it holds train/ and
             val/ or test/.
         limit: keep the first `limit` images; negative: all.
@@ -112,7 +118,10 @@ def _all_classes(data_path: str, split: str, limit: int, patience_s: float) -> S
             raise UserError(f"{path} is a list file, which has no split {split!r}: give a folder that holds {split}/")
         listing = list_file(path)
     else:
-        listing = list_folder(_split_folder(path, split))
+        path = _split_folder(path, split)
+        if is_packed(path):
+            return cached_if_small(PackedSource(path, limit, patience_s))
+        listing = list_folder(path)
     if limit > 0:
         listing = listing.first(limit)
     return cached_if_small(FileSource(listing, patience_s))
@@ -128,9 +137,9 @@ def fingerprint(source: Source) -> str:
     digest = hashlib.sha256()
     for name in names:
         digest.update(name[start:].encode("utf-8", "surrogateescape") + b"\n")
-    for name in names[:: -(-len(names) // _SIZES)]:
-        with contextlib.suppress(OSError):  # built-in images are no files
-            digest.update(b"%d\n" % os.path.getsize(name))  # noqa: PTH202
+    for i in range(0, len(names), -(-len(names) // _SIZES)):
+        with contextlib.suppress(OSError, AttributeError):  # built-in images are no files
+            digest.update(b"%d\n" % source.file_bytes(i))  # type: ignore[attr-defined]
     return digest.hexdigest()[:16]
 
 

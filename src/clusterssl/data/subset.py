@@ -36,6 +36,10 @@ class ClassSubset:
         """Name of image i."""
         return self.inner.name(int(self._positions[i]))
 
+    def file_bytes(self, i: int) -> int:
+        """Size of the file of image i."""
+        return self.inner.file_bytes(int(self._positions[i]))  # type: ignore[attr-defined]
+
     def load(self, i: int) -> Tensor:
         """Image i, as the source gives it."""
         return self.inner.load(int(self._positions[i]))

@@ -55,7 +55,7 @@ class DataOptions:
     """Images."""
 
     data_path: str = NO_DATA
-    """folder with train/ and val/, each of class folders; or "digits" (built in), or "synthetic" """
+    """folder with train/ and val/, each of class folders or packed; or "digits" (built in), or "synthetic" """
     val_split: str = "val"
     """what the classifier is tested on: a folder beside train/, or a split of the digits (val, test)"""
     workers: int = 10

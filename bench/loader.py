@@ -1,0 +1,87 @@
+"""Batches of crops from real photographs, end to end: scaling with the workers, and what the main process pays.
+
+    python bench/loader.py --workers 1 2
+    python bench/loader.py --data_path /imagenet/train --workers 1 2 4 8 16 --batches 100
+
+Every number of workers loads whole batches of 2 x 224 + 6 x 96 uint8 crops; the main process only takes them. It counts
+from the second batch of each worker on, when all workers are busy. The processor time of the main process is told as a
+share of one core.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+from photos import folder_of_photos
+from record import write_result
+
+from clusterssl import config as cfg
+from clusterssl.data import Loader, MultiCrop, Source, open_source
+
+
+@dataclass(frozen=True)
+class Options:
+    """Comparison."""
+
+    data_path: str = ""
+    """folder of photographs, or packed ones; without it those of imagenet-sample.tar in $CLUSTERSSL_DATA"""
+    workers: tuple[int, ...] = (1, 2)
+    batch_size: int = 32
+    batches: int = 12
+    """timed, of each repeat"""
+    repeats: int = 3
+    out: str = "bench/results/loader.json"
+
+
+def measure(source: Source, workers: int, options: Options) -> tuple[float, float]:
+    """Images a second, and the main process's processor time over the clock's."""
+    multicrop = MultiCrop((2, 6), (224, 96), (0.14, 0.05), (1.0, 0.14))
+    untimed = 2 * max(workers, 1)
+    loader = Loader(
+        source, multicrop, batch_size=options.batch_size, workers=workers, pin_memory=torch.cuda.is_available(),
+        images_per_epoch=options.batch_size * (options.batches + untimed), persistent=False,
+    )  # fmt: skip
+    steps = loader.epoch(0, order=_order(len(source), options.batch_size * (options.batches + untimed)))
+    for _ in range(untimed):
+        next(steps)
+    began, worked, images = time.perf_counter(), time.process_time(), 0
+    for step in steps:
+        images += sum(len(batch.index) for batch in step)
+    seconds = time.perf_counter() - began
+    return images / seconds, (time.process_time() - worked) / seconds
+
+
+def _order(images: int, wanted: int):  # type: ignore[no-untyped-def]
+    return torch.arange(wanted).remainder(images).numpy()
+
+
+def main() -> None:
+    options = cfg.parse(Options, description=__doc__)
+    found: dict[int, list[tuple[float, float]]] = {workers: [] for workers in options.workers}
+    with folder_of_photos(options.data_path) as folder:
+        source = open_source(folder)
+        for _ in range(options.repeats):
+            for workers in options.workers:
+                found[workers].append(measure(source, workers, options))
+    first = options.workers[0]
+    base = median(rate for rate, _ in found[first]) / max(first, 1)
+    rows = []
+    for workers, runs in found.items():
+        rate, share = median(one[0] for one in runs), median(one[1] for one in runs)
+        scaling = rate / (base * max(workers, 1))
+        rows.append({"workers": workers, "images_per_s": rate, "all_images_per_s": [one[0] for one in runs],
+                     "per_worker_over_first": scaling, "main_process_share": share})  # fmt: skip
+        print(f"{workers} workers: {rate:.0f} images/s, {scaling:.2f} x the first's, main process {share:.1%}")
+    write_result(Path(options.out), {"options": cfg.plain(options), "cores": os.cpu_count(), "rows": rows})
+
+
+if __name__ == "__main__":
+    cfg.entry(main)

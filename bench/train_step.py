@@ -1,0 +1,243 @@
+"""A SwAV training step: ours beside the bare network's forward and backward pass, a plain step and lightly's modules.
+
+    python bench/train_step.py                                                      # ResNet-18, 2 x 32 px, any CPU
+    python bench/train_step.py --device cuda --arch resnet50 --size_crops 224 96 --nmb_crops 2 6 --batch_size 256
+    python bench/train_step.py --device cuda --arch resnet50w2 --size_crops 224 96 --nmb_crops 2 6 --batch_size 128
+
+"ours" is the step of `fit`: augmentation of uint8 crops, forward, assignment, loss, backward, LARS, bookkeeping. "bare"
+is the same network on augmented crops with a sum for a loss and no optimiser: what the hardware allows. "eager" is the
+step as published, written anew: planar layout, the published assignment, a sum over pairs of crops, SGD. "lightly" puts
+lightly's head, prototypes and loss on the same backbone, with SGD. Eager and lightly get augmented crops. On a GPU all
+use bf16 autocast, ours is checked not to wait for it, and the memory a step needs beyond what lies there before it is
+told. The systems take turns; medians count.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+import torch.nn.functional as F
+from record import write_result
+from sinkhorn import published
+from timing import in_turns
+from torch import Tensor, nn
+
+from clusterssl import config as cfg
+from clusterssl.data import Batch, MultiCropDataset
+from clusterssl.dist import World
+from clusterssl.engine import _Training
+from clusterssl.preemption import StopRequest
+from clusterssl.pretrain import assemble, keep_freed_memory, prototype_net
+from main_swav import Config, SwAV
+
+TEMPERATURE, EPSILON, ITERATIONS = 0.1, 0.05, 3
+LOW, HIGH = {2: (0.14, 0.05), 1: (0.14,)}, {2: (1.0, 0.14), 1: (1.0,)}
+System = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Comparison."""
+
+    arch: str = "resnet18"
+    nmb_crops: tuple[int, ...] = (2,)
+    size_crops: tuple[int, ...] = (32,)
+    batch_size: int = 32
+    nmb_prototypes: int = 3000
+    compile: bool = False
+    """our backbone by torch.compile"""
+    repeats: int = 5
+    threads: int = 0
+    """0: all cores"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    out: str = "bench/results/train_step.json"
+
+
+def prepared(options: Options, folder: str) -> tuple[_Training, Batch]:
+    """Our training, as main_swav.py sets it up, and one batch of uint8 crops."""
+    side, n = max(options.size_crops), len(options.size_crops)
+    words: dict[str, Any] = {
+        "data_path": f"synthetic:{max(options.batch_size, 64)}:{side}x{side}", "arch": options.arch,
+        "nmb_crops": options.nmb_crops, "size_crops": options.size_crops, "min_scale_crops": LOW[n],
+        "max_scale_crops": HIGH[n], "batch_size": options.batch_size, "nmb_prototypes": options.nmb_prototypes,
+        "compile": options.compile, "device": options.device, "workers": 0, "epochs": 10_000, "dump_path": folder,
+    }  # fmt: skip
+    argv = [word for name, value in words.items() for word in (f"--{name}", *_words(value))]
+    config = cfg.parse(Config, argv)
+    world = World(device=torch.device(options.device))
+    parts = assemble("swav", config, world, prototype_net(options.nmb_prototypes), SwAV)
+    loader = parts.feed.loader
+    keys = [(0, i) for i in range(options.batch_size)]
+    batch = MultiCropDataset(loader.source, loader.multicrop, seed=0).__getitems__(keys)
+    if options.device == "cuda":
+        batch = batch._replace(crops=[x.pin_memory() for x in batch.crops], index=batch.index.pin_memory())
+    parts.model.train()
+    return _Training(parts, StopRequest()), batch
+
+
+def _words(value: Any) -> list[str]:
+    return [str(word) for word in (value if isinstance(value, tuple) else (value,))]
+
+
+def bare(training: _Training, crops: list[Tensor]) -> System:
+    """Forward and backward pass of our network."""
+    model, feed = training.parts.model, training.feed
+
+    def run() -> None:
+        with feed.autocast():
+            z_ND, scores_NK = model(crops)
+        (z_ND.float().sum() + scores_NK.float().sum()).backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def swapped(scores: list[Tensor]) -> Tensor:
+    """SwAV's loss of the first two crops' assignments, as a sum over pairs of crops."""
+    loss = torch.zeros((), device=scores[0].device)
+    for a in (0, 1):
+        q_BK = published(scores[a].detach().float(), EPSILON, ITERATIONS)
+        for v in range(len(scores)):
+            if v != a:
+                log_p_BK = F.log_softmax(scores[v].float() / TEMPERATURE, dim=1)
+                loss = loss - (q_BK * log_p_BK).sum(1).mean() / (2 * (len(scores) - 1))
+    return loss
+
+
+def stepping(network: nn.Module, loss: Callable[[], Tensor], training: _Training) -> System:
+    """A step with plain SGD."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
+
+    def run() -> None:
+        with training.feed.autocast():
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def eager(training: _Training, crops: list[Tensor], options: Options) -> System:
+    """The published step: planar layout, one forward pass a resolution, published assignment, pairs of crops, SGD."""
+    network = _new_network(options, training)
+    planar = [x.contiguous() for x in crops]
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            network.prototypes.weight.copy_(F.normalize(network.prototypes.weight, dim=1))
+        return swapped(list(network(planar)[1].chunk(len(planar))))
+
+    return stepping(network, loss, training)
+
+
+def lightly(training: _Training, crops: list[Tensor], options: Options) -> System:
+    """lightly's SwAV around the same backbone."""
+    from lightly.loss import SwaVLoss
+    from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
+
+    backbone = _new_network(options, training).backbone
+    head = SwaVProjectionHead(int(backbone.feature_dim), 2048, 128)
+    prototypes = SwaVPrototypes(128, options.nmb_prototypes)
+    network = nn.ModuleList([backbone, head, prototypes]).to(options.device).train()
+    criterion = SwaVLoss(TEMPERATURE, ITERATIONS, EPSILON)
+    planar = [x.contiguous() for x in crops]
+
+    def loss() -> Tensor:
+        prototypes.normalize()
+        scores = [prototypes(F.normalize(head(backbone(x).flatten(1)), dim=1)).float() for x in planar]
+        return criterion(scores[:2], scores[2:])
+
+    return stepping(network, loss, training)
+
+
+def _new_network(options: Options, training: _Training) -> Any:
+    config = cfg.parse(Config, ["--data_path", "synthetic", "--arch", options.arch, "--size_crops",
+                                *map(str, options.size_crops), "--nmb_crops", *map(str, options.nmb_crops),
+                                "--min_scale_crops", *map(str, LOW[len(options.size_crops)]),
+                                "--max_scale_crops", *map(str, HIGH[len(options.size_crops)])])  # fmt: skip
+    return prototype_net(options.nmb_prototypes)(config).to(training.parts.world.device).train()
+
+
+def memory(calls: dict[str, System]) -> dict[str, float]:
+    """GiB each call takes on the GPU at its highest, beyond what lies there before it."""
+    found = {}
+    for name, call in calls.items():
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        found[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return found
+
+
+def never_waits(step: System, steps: int = 3) -> bool:
+    """Whether steps run through while every wait for the GPU is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(steps):
+            step()
+    except RuntimeError as error:
+        print(f"ours waits for the GPU: {error}")
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True
+
+
+def systems(training: _Training, batch: Batch, options: Options) -> dict[str, System]:
+    """What is compared; lightly where it is installed."""
+    crops = training.feed.crops(batch)
+    found: dict[str, System] = {
+        "ours": lambda: training.one_step([batch]),
+        "augmentation alone": lambda: training.feed.crops(batch),
+        "bare": bare(training, crops),
+        "eager": eager(training, crops, options),
+    }
+    try:
+        found["lightly"] = lightly(training, crops, options)
+    except ImportError:
+        print("lightly is not installed: left out")
+    return found
+
+
+def main() -> None:
+    options = cfg.parse(Options, description=__doc__)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    logging.disable(logging.INFO)
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        training, batch = prepared(options, folder)
+        calls = systems(training, batch, options)
+        found = in_turns(calls, options.repeats, warmup=2)
+        about: dict[str, Any] = {}
+        if options.device == "cuda":
+            about = {"gib": memory(calls), "never_waits": never_waits(calls["ours"])}
+        training.parts.run.close()
+    rows = {}
+    shape = f"{options.nmb_crops} x {options.size_crops} px"
+    print(f"{options.arch}, {shape}, {options.batch_size} images, {options.device}\n")
+    for name, one in found.items():
+        speed = options.batch_size / one.median
+        share = found["bare"].median / one.median
+        rows[name] = {**one._asdict(), "images_per_s": speed, "bare_over_this": share}
+        memory_told = f", {about['gib'][name]:.2f} GiB" if about else ""
+        print(f"{name:20} {1e3 * one.median:9.1f} ms, {speed:8.1f} images/s, {share:6.2f} x bare{memory_told}")
+    write_result(Path(options.out), {"options": cfg.plain(options), "steps": rows, **about})
+
+
+if __name__ == "__main__":
+    cfg.entry(main)

@@ -16,7 +16,7 @@ ARCHIVE = "imagenet-sample.tar"
 
 @contextmanager
 def folder_of_photos(data_path: str) -> Iterator[str]:
-    """A folder of photographs: `data_path`, or for "" a temporary one with those of $CLUSTERSSL_DATA/ARCHIVE.
+    """A folder of photographs: `data_path`, or for "" a temporary one with those of ARCHIVE in $CLUSTERSSL_DATA.
 
     Raises:
         UserError: neither is there.
@@ -30,4 +30,4 @@ def folder_of_photos(data_path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-        yield folder
+        yield f"{folder}/train"

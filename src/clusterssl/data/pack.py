@@ -3,7 +3,7 @@
     python -m clusterssl.data.pack /imagenet /fast/imagenet
     python -m clusterssl.data.pack /imagenet /fast/imagenet256 --short_side 256 --quality 90
 
-A folder that holds train/, val/ or test/ is packed split by split. Without --short_side the files are copied byte by
+A folder that holds several of train/, val/ and test/ is packed split by split. Without --short_side the files are copied byte by
 byte: training on either gives the same crops. Killed, the same command goes on with the next shard; on packed images it
 compares every shard with its hash. See `packed.py` for what is written.
 """
@@ -73,7 +73,7 @@ def pack(source: str | Path, target: str | Path, options: PackOptions = PackOpti
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     splits = [name for name in SPLITS if (source / name).is_dir()]
-    for split in splits or [""]:
+    for split in splits if len(splits) > 1 else [""]:
         listing = list_file(source) if source.is_file() else list_folder(source / split)
         _pack_split(listing, target / split, options)
 

@@ -3,9 +3,9 @@
     python -m clusterssl.data.pack /imagenet /fast/imagenet
     python -m clusterssl.data.pack /imagenet /fast/imagenet256 --short_side 256 --quality 90
 
-A folder that holds several of train/, val/ and test/ is packed split by split. Without --short_side the files are copied byte by
-byte: training on either gives the same crops. Killed, the same command goes on with the next shard; on packed images it
-compares every shard with its hash. See `packed.py` for what is written.
+A folder that holds several of train/, val/ and test/ is packed split by split. Without --short_side files are copied
+byte by byte: training on either gives the same crops. Killed, the same command goes on with the next shard; on packed
+images it compares every shard with its hash. See `packed.py` for what is written.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format clean
+.PHONY: help demo test slow bench lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,18 @@ test: $(INSTALLED) ## the default tests (one process a core, four at most)
 
 slow: $(INSTALLED) ## the tests that take minutes (two files at a time)
 	@$(BIN) -m pytest -m slow -n auto --maxprocesses 2 --dist loadfile $(ARGS)
+
+# Results lie in bench/results/NAME-$(HARDWARE).json; bench/compare.py compares them with others.
+HARDWARE ?= here
+bench: $(INSTALLED) ## measure what needs no GPU, under 10 minutes; CLUSTERSSL_DATA names the folder of photographs
+	@$(BIN) -m uv pip install --quiet --python $(BIN) --constraint constraints.txt --requirement pyproject.toml --extra bench
+	@$(BIN) bench/sinkhorn.py --ranks 1 2 --repeats 9 --out bench/results/sinkhorn-$(HARDWARE).json
+	@$(BIN) bench/kmeans.py --repeats 3 --out bench/results/kmeans-$(HARDWARE).json
+	@$(BIN) bench/data_path.py --images 24 --out bench/results/data_path-$(HARDWARE).json
+	@$(BIN) bench/augment.py --images 12 --out bench/results/augment-$(HARDWARE).json
+	@$(BIN) bench/loader.py --batches 10 --out bench/results/loader-$(HARDWARE).json
+	@$(BIN) bench/train_step.py --repeats 3 --out bench/results/train_step-$(HARDWARE).json
+	@$(BIN) bench/readme.py
 
 lint: $(INSTALLED) ## ruff and mypy
 	@$(BIN) -m ruff check .

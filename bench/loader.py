@@ -77,9 +77,13 @@ def main() -> None:
     for workers, runs in found.items():
         rate, share = median(one[0] for one in runs), median(one[1] for one in runs)
         scaling = rate / (base * max(workers, 1))
-        rows.append({"workers": workers, "images_per_s": rate, "all_images_per_s": [one[0] for one in runs],
-                     "per_worker_over_first": scaling, "main_process_share": share})  # fmt: skip
-        print(f"{workers} workers: {rate:.0f} images/s, {scaling:.2f} x the first's, main process {share:.1%}")
+        cost = 1e3 * share / rate
+        rows.append({
+            "workers": workers, "images_per_s": rate, "all_images_per_s": [one[0] for one in runs],
+            "per_worker_over_first": scaling, "main_process_share": share, "main_process_ms_per_image": cost,
+        })  # fmt: skip
+        print(f"{workers} workers: {rate:.0f} images/s, {scaling:.2f} x the first's, main process {share:.1%} "
+              f"({cost:.3f} ms an image)")  # fmt: skip
     write_result(Path(options.out), {"options": cfg.plain(options), "cores": os.cpu_count(), "rows": rows})
 
 

@@ -9,12 +9,13 @@ import platform
 import shlex
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "timm", "lightly", "faiss-cpu")
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "timm", "lightly", "faiss-cpu", "kornia", "albumentations")
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
@@ -31,6 +32,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
         for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno", "--", ".", ":!bench/results"))
     ]
     about = {
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
         "commit": git[0],
         "changed_since": bool(git[1]),

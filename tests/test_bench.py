@@ -1,0 +1,86 @@
+"""What is made of the benches' results: comparisons and the page of all of them."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What readme.py defines and imports."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return runpy.run_path(str(BENCH / "readme.py"))
+
+
+def result(ours: tuple[float, float, float], once: float = 2.0, cpu: str = "a") -> dict[str, Any]:
+    """A result with a spread, one measured once, and a speed."""
+    spread = dict(zip(("low", "median", "high"), ours, strict=True))
+    rows = [{"batch": 8, "seconds": {"ours": spread}}, {"batch": 9, "seconds": {"ours": spread}}]
+    found = {"rows": rows, "cpu_s": {"faiss": once}, "images_per_s": [10.0, 20.0, 40.0], "options": {"seconds": 7}}
+    return {"hardware": {"cpu": cpu}, "date": "2024-02-03", "command": "python x.py", "result": found}
+
+
+def compared(tmp_path: Path, old: dict[str, Any], new: dict[str, Any], *flags: str) -> tuple[int, str]:
+    for name, record in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    words = [sys.executable, str(BENCH / "compare.py"), str(tmp_path / "old.json"), str(tmp_path / "new.json"), *flags]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_times_are_found_in_milliseconds(names: dict[str, Any]) -> None:
+    found = {" / ".join(path): one for path, one in names["figures"](result((1.0, 2.0, 3.0))["result"])}
+    assert found["rows / batch 8 / seconds / ours"] == (2000, 1000, 3000)
+    assert found["cpu_s / faiss"] == (2000, 2000, 2000)
+    assert found["images_per_s"] == (50, 25, 100)
+    assert len(found) == 4, "options are no times"
+
+
+def test_only_what_exceeds_the_spread_is_slower(tmp_path: Path) -> None:
+    base = result((0.9, 1.0, 1.1))
+    code, said = compared(tmp_path, base, result((1.0, 1.15, 1.3)))
+    assert code == 0 and "0 of 4 times changed" in said
+    code, said = compared(tmp_path, base, result((1.2, 1.3, 1.4)))
+    assert code == 1 and "slower: rows / batch 9 / seconds / ours: 1000 -> 1300 ms (1.30 x)" in said
+    code, said = compared(tmp_path, base, result((0.5, 0.6, 0.7)))
+    assert code == 0 and said.count("faster") == 2
+    assert compared(tmp_path, base, result((0.9, 1.0, 1.1), once=2.3))[0] == 0
+    assert compared(tmp_path, base, result((0.9, 1.0, 1.1), once=2.5))[0] == 1
+    assert compared(tmp_path, base, result((0.9, 1.0, 1.1), once=2.3), "--margin_once", "0.1")[0] == 1
+
+
+def test_other_hardware_is_not_compared_and_bad_files_are_named(tmp_path: Path) -> None:
+    code, said = compared(tmp_path, result((1, 2, 3)), result((7, 8, 9), cpu="b"))
+    assert code == 0 and "other hardware" in said
+    (tmp_path / "torn.json").write_text("{")
+    words = [sys.executable, str(BENCH / "compare.py"), str(tmp_path / "torn.json"), str(tmp_path / "old.json")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and "torn.json: not a readable result" in done.stderr
+
+
+def test_the_page_tells_times_and_the_oldest_and_newest_result(names: dict[str, Any]) -> None:
+    older = {**result((1.0, 2.0, 3.0)), "date": "2023-01-01"}
+    page = names["page"]({"b-x.json": result((0.001, 0.002, 0.003)), "a-x.json": older})
+    assert "Oldest result: `a-x.json`, 2023-01-01. Newest: `b-x.json`, 2024-02-03." in page
+    assert (
+        "| rows / batch 8 / seconds | 2 (1-3) |" in page
+        and "| rows / batch 8 / seconds | 2,000 (1,000-3,000) |" in page
+    )
+    assert page.index("a-x.json](") < page.index("b-x.json](")
+
+
+def test_all_results_of_the_repository_are_readable(names: dict[str, Any]) -> None:
+    paths = sorted((BENCH / "results").glob("*.json"))
+    assert paths
+    for path in paths:
+        assert names["section"](path.name, names["read"](path))

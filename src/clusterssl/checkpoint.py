@@ -43,8 +43,9 @@ def save(
     more: dict[str, Any],
     step: int,
     keep_as: str = "",
+    wait: bool = True,
 ) -> None:
-    """Write a checkpoint of all ranks.
+    """Write a checkpoint of all ranks; a collective call.
 
     Args:
         run: where to.
@@ -54,15 +55,20 @@ def save(
         more: further plain values and tensors.
         step: optimiser steps done.
         keep_as: name of a copy that is kept.
+        wait: until it is complete; otherwise it is written from a copy, by a thread.
 
     Raises:
-        UserError: weights are not finite, or a file could not be written; the checkpoint before is intact.
+        UserError: weights are not finite, or a file could not be written, perhaps one of the save before; the last
+            complete checkpoint is intact.
     """
     check_weights(model, run, step)
     state = method.state_dict()
     sharded = state.pop("sharded", {})
     weights = {"state_dict": published_state_dict(bare(model)), "optimizer": optimizer.state_dict()}
-    run.save({**more, **weights, "method_state": state}, sharded, step=step, keep_as=keep_as)
+    shared = {**more, **weights, "method_state": state}
+    run.saver.begin(shared, sharded, step=step, keep_as=keep_as, copy=not wait)
+    if wait:
+        run.saver.finish()
 
 
 def load(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, method: Stateful) -> dict[str, Any] | None:

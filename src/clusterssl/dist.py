@@ -199,6 +199,16 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def first_problem(problem: str) -> str:
+    """The problem of the first rank that has one, "" where none has; waits for all ranks."""
+    return next((text for text in gather_objects(problem) if text), "")
+
+
+def store() -> torch_dist.Store:
+    """Keys and values that all ranks see, also from threads: its calls are no collectives."""
+    return torch_dist.distributed_c10d._get_default_store() if size() > 1 else torch_dist.HashStore()
+
+
 def barrier() -> None:
     """Wait until all ranks are here."""
     if size() > 1:

@@ -4,62 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clusterssl import checkpoint, dist, pulse
 from clusterssl.data import Batch
-from clusterssl.dist import World
 from clusterssl.errors import DataGone, Stopped, UserError
-from clusterssl.feed import Feed
-from clusterssl.method import Crops, Method
+from clusterssl.method import Crops
 from clusterssl.monitor import Monitor
+from clusterssl.parts import Parts
 from clusterssl.preemption import StopRequest, requeue
 from clusterssl.progress import Progress
-from clusterssl.run import Run
 from clusterssl.watchdog import watching
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long `fit` trains and when it looks up from training."""
-
-    epochs: int
-    learning_rate: Callable[[int], float]
-    """of an optimiser step, counted from 0"""
-    seed: int
-    log_freq: int = 10
-    """steps between two records in metrics.jsonl"""
-    checkpoint_freq: int = 25
-    """epochs between two kept checkpoints"""
-    checkpoint_minutes: float = 10.0
-    """0: after every step"""
-    stop_on_collapse: bool = False
-    hang_minutes: float = 0.0
-    """of stillness after which a rank ends itself; 0: never"""
-
-
-@dataclass
-class Parts:
-    """Everything a run consists of; `fit` moves it through time."""
-
-    method: Method
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    feed: Feed
-    schedule: Schedule
-    run: Run
-    world: World
-    record: dict[str, Any]
-    """what a reader of the checkpoint must know of the model: arch, stem, size_crops, heads"""
 
 
 def fit(parts: Parts) -> None:
@@ -83,12 +46,12 @@ class _Training:
     def __init__(self, parts: Parts, request: StopRequest) -> None:
         self.parts, self.request = parts, request
         self.feed, self.bad = parts.feed, parts.feed.ledger
-        self.feed.request = request
+        self.feed.request, self.feed.before_stop = request, parts.run.saver.finish
         parts.method.optimizer = parts.optimizer
         self.scaler = self.feed.precision.scaler(parts.world.device)
         self.monitor = Monitor(parts.method.remedies)
         self.problem: UserError | None = None
-        self.agreement = dist.Agreement(3)
+        self.agreement = dist.Agreement(4)
         self.step = 0
         self.steps_per_epoch = parts.feed.steps_per_epoch
         self.total = parts.schedule.epochs * self.steps_per_epoch
@@ -128,7 +91,8 @@ class _Training:
         """Let the method look at all images between two steps; a stop in there falls back to the checkpoint."""
         if self.parts.method.due(self.step):
             if self.saved_step != self.step:
-                self.save()
+                self.save(wait=True)
+            self.parts.run.saver.finish()
             self.seed()
             self.parts.method.refresh(self.step)
             self.parts.model.train()
@@ -245,41 +209,46 @@ class _Training:
         every = self.parts.schedule.checkpoint_freq
         last = self.step == self.total
         kept = f"ckp-{epoch}.pth" if last or (every > 0 and epoch % every == 0) else ""
-        self.save(keep_as=kept)
+        self.save(keep_as=kept, wait=last)
 
     def save_or_stop(self) -> None:
         """Save when time is up and stop when a signal came, in all ranks at the same step."""
-        minutes = self.parts.schedule.checkpoint_minutes
+        minutes, saver = self.parts.schedule.checkpoint_minutes, self.parts.run.saver
         due = time.monotonic() - self.saved_at >= 60 * minutes
-        asked = bool(self.request.received)
-        stop, due_somewhere, problem = self.agreement.exchange([int(asked), int(due), int(self.problem is not None)])
+        facts = [bool(self.request.received), due, self.problem is not None or saver.failed, saver.busy]
+        stop, due_somewhere, problem, busy = self.agreement.exchange([int(fact) for fact in facts])
         if problem:
             self.agreement.finish()
+            saver.finish()
             dist.raise_together(self.problem)
         if self.step == self.total:
             return
         # The answer is one step old, so a save of the step before has already met what it asks for.
         fresh = self.step - self.saved_step <= (0 if minutes == 0 else 1)
-        if (stop and self.step != self.saved_step) or ((minutes == 0 or due_somewhere) and not fresh):
-            self.save()
+        periodic = not fresh and (minutes == 0 or (due_somewhere and not busy))
+        if periodic or (stop and self.step != self.saved_step):
+            self.save(wait=bool(stop))
         if stop:
             self.stop()
 
     def stop(self) -> None:
         self.agreement.finish()
+        self.parts.run.saver.finish()
         requeue(self.request.received)
         name = self.request.received or "a signal to another rank"
         raise Stopped(f"stopped by {name} after step {self.step} of {self.total}; the same command continues there")
 
-    def save(self, keep_as: str = "") -> None:
+    def save(self, keep_as: str = "", wait: bool = False) -> None:
+        """Start to write a checkpoint, when the one before is complete, or write it and `wait` for its end."""
         dist.raise_together(self.problem)  # no checkpoint of a step in which a rank went on with old images
         self.check_finite()
         state = {"epoch": self.step // self.steps_per_epoch, "scaler": self.scaler.state_dict()}
         state["loss_sum"] = float(dist.all_reduce_(self.loss_sum.clone(), "mean"))
         state["model"] = self.parts.record
         state["monitor"] = self.monitor.state_dict()
+        wait = wait or self.parts.schedule.checkpoint_minutes == 0
         checkpoint.save(
-            self.parts.run, self.parts.model, self.parts.optimizer, self.parts.method, state, self.step, keep_as
+            self.parts.run, self.parts.model, self.parts.optimizer, self.parts.method, state, self.step, keep_as, wait
         )
         self.saved_at, self.saved_step = time.monotonic(), self.step
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -44,6 +44,8 @@ class Feed:
     ledger: BadImages
     request: StopRequest = field(default_factory=StopRequest)
     """the one that `fit` listens with"""
+    before_stop: Callable[[], None] = lambda: None
+    """called on all ranks together before a run is stopped between two steps"""
 
     @property
     def num_images(self) -> int:
@@ -167,6 +169,7 @@ class Feed:
             self._stop()
 
     def _stop(self) -> NoReturn:
+        self.before_stop()
         requeue(self.request.received)
         name = self.request.received or "a signal to another rank"
         raise Stopped(f"stopped by {name} between two steps; the same command goes on from the checkpoint")

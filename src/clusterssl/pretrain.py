@@ -21,7 +21,6 @@ from clusterssl.checkpoint import distribute
 from clusterssl.config import command, gives, plain
 from clusterssl.data import Augment, BadImages, Loader, MultiCrop, fingerprint, open_source
 from clusterssl.dist import World
-from clusterssl.engine import Parts, Schedule
 from clusterssl.feed import Feed
 from clusterssl.log import log_to_screen
 from clusterssl.method import Method
@@ -29,6 +28,7 @@ from clusterssl.models.build import MultiCropNet, build_model, check_crop_sizes,
 from clusterssl.models.weights import init_model
 from clusterssl.optim import build_optimizer, warmup_cosine
 from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, TrunkOptions, num_views
+from clusterssl.parts import Parts, Schedule
 from clusterssl.precision import Precision
 from clusterssl.run import Run
 

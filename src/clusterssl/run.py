@@ -29,14 +29,12 @@ from torch import Tensor
 from clusterssl import dist
 from clusterssl.dist import World
 from clusterssl.errors import UserError
-from clusterssl.files import atomic_write, check_sums, first_line, read_checkpoint, save_checkpoint
+from clusterssl.files import atomic_write, check_sums, first_line, read_checkpoint
 from clusterssl.log import log_to_file
+from clusterssl.saving import CURRENT, PREVIOUS, Saver, shard_path
 from clusterssl.shared_folder import why_not_shared
 
 logger = logging.getLogger(__name__)
-
-CURRENT = "checkpoint.pth.tar"
-PREVIOUS = "checkpoint.previous.pth.tar"
 
 
 class Run:
@@ -47,7 +45,7 @@ class Run:
         self.folder = Path(folder)
         self.world = world
         self._metrics: IO[str] | None = None
-        self._saved_step = -1
+        self.saver = Saver(self.folder, world)
 
     def open(self, method: str, config: dict[str, Any], facts: dict[str, Any], fixed: frozenset[str]) -> None:
         """Check that the directory is this run's or free, then record this start.
@@ -141,7 +139,7 @@ class Run:
         self._metrics.flush()
 
     def save(self, shared: dict[str, Any], sharded: dict[str, Tensor], *, step: int, keep_as: str = "") -> None:
-        """Write a checkpoint: the ranks' shards first, the shared file last, the one before kept.
+        """Write a checkpoint and wait until it is complete; `saver` can do it while training goes on.
 
         Args:
             shared: equal on all ranks (rank 0's is written): tensors and plain values.
@@ -152,53 +150,8 @@ class Run:
         Raises:
             UserError: a file could not be written; the checkpoint before is intact.
         """
-        problem = ""
-        try:
-            if sharded:
-                save_checkpoint(sharded, self._shard(step, self.world.rank, self.world.size))
-        except UserError as error:
-            problem = str(error)
-        self._agree(problem)
-        rows = {name: int(dist.all_reduce_(torch.tensor(len(tensor)))) for name, tensor in sharded.items()}
-        if self.world.is_main:
-            try:
-                state = {**shared, "step": step, "shards": self.world.size if sharded else 0, "rows": rows}
-                save_checkpoint(state, self.folder / CURRENT, keep_previous_as=self.folder / PREVIOUS)
-                if keep_as:
-                    self._keep(keep_as)
-                self._prune(step)
-            except UserError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{self.folder}: {first_line(error)}; the checkpoint before is intact"
-        self._agree(problem)
-
-    def _agree(self, problem: str) -> None:
-        """Raise on all ranks what went wrong on any."""
-        problem = _first(dist.gather_objects(problem))
-        if problem:
-            raise UserError(problem)
-
-    def _shard(self, step: int, rank: int, size: int) -> Path:
-        return self.folder / f"checkpoint.step{step}.rank{rank}-of-{size}.pth"
-
-    def _keep(self, name: str) -> None:
-        folder = self.folder / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        link = folder / f".{name}.tmp"
-        link.unlink(missing_ok=True)
-        try:
-            os.link(self.folder / CURRENT, link)  # no copy: the current file is only ever replaced, never rewritten
-        except OSError:
-            link.write_bytes((self.folder / CURRENT).read_bytes())
-        link.replace(folder / name)
-
-    def _prune(self, step: int) -> None:
-        """Remove shards that neither the current nor the previous checkpoint needs."""
-        for path in self.folder.glob("checkpoint.step*.rank*.pth"):
-            if int(path.name.split(".")[1][4:]) not in (step, self._saved_step):
-                path.unlink(missing_ok=True)
-        self._saved_step = step
+        self.saver.begin(shared, sharded, step=step, keep_as=keep_as, copy=False)
+        self.saver.finish()
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume from."""
@@ -219,11 +172,11 @@ class Run:
                 state = self._read(self.folder / name)
             except UserError as error:
                 problem = str(error)
-            problem = _first(dist.gather_objects(problem))
+            problem = dist.first_problem(problem)
             if not problem:
                 if problems:
                     logger.warning("%s; falling back to %s", problems[0], name)
-                self._saved_step = state["step"]
+                self.saver.step, self.saver.sound = state["step"], not problems
                 return state
             problems.append(problem)
         if problems:
@@ -241,11 +194,11 @@ class Run:
     def _my_shard(self, step: int, shards: int, rows: dict[str, int]) -> dict[str, Tensor]:
         """This rank's rows of what was split over `shards` ranks, read one file at a time."""
         if shards in (0, self.world.size):
-            return _read_whole(self._shard(step, self.world.rank, shards)) if shards else {}
+            return _read_whole(shard_path(self.folder, step, self.world.rank, shards)) if shards else {}
         mine: dict[str, list[Tensor]] = {name: [] for name in rows}
         before = dict.fromkeys(rows, 0)
         for rank in range(shards):
-            part = _read_whole(self._shard(step, rank, shards))
+            part = _read_whole(shard_path(self.folder, step, rank, shards))
             for name, total in rows.items():
                 first, end = dist.share(total)
                 start = before[name]
@@ -254,14 +207,11 @@ class Run:
         return {name: torch.cat(parts) for name, parts in mine.items()}
 
     def close(self) -> None:
-        """Close the metrics file."""
+        """Complete a checkpoint under way and close the metrics file; no collective call."""
+        self.saver.close()
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-
-
-def _first(problems: list[str]) -> str:
-    return next((problem for problem in problems if problem), "")
 
 
 def _read_whole(path: Path) -> dict[str, Any]:

@@ -28,17 +28,14 @@ def why_not_shared(folder: Path) -> str:
         return ""
     nonce = dist.broadcast_object(f".nonce-{secrets.token_hex(8)}")
     leads, mine = leaders[host] == dist.rank(), folder / f"{nonce}.{dist.rank()}"
-    problem = _first(_write(mine) if leads else "")
+    problem = dist.first_problem(_write(mine) if leads else "")
     if not problem:
-        problem = _first(_look(folder, {name: f"{nonce}.{rank}" for name, rank in leaders.items()}) if leads else "")
+        problem = dist.first_problem(
+            _look(folder, {name: f"{nonce}.{rank}" for name, rank in leaders.items()}) if leads else ""
+        )
     with contextlib.suppress(OSError):
         mine.unlink(missing_ok=True)
     return f"--dump_path {folder}: {problem}; choose a folder that all nodes share and may write to" if problem else ""
-
-
-def _first(problem: str) -> str:
-    """The problem of the first rank that has one; waits for all ranks."""
-    return next((text for text in dist.gather_objects(problem) if text), "")
 
 
 def _write(path: Path) -> str:

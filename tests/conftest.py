@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,3 +18,12 @@ if os.environ.get("CI"):  # nothing may be absent there: what would be skipped f
 def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripts called in this process read a command line that ends with the test."""
     monkeypatch.setattr(sys, "argv", list(sys.argv))
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """A training that was stopped in this process leaves it deaf to signals, as it is meant to, until the test ends."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clusterssl import checkpoint, dist, pulse
 from clusterssl.data import Batch
 from clusterssl.errors import DataGone, Stopped, UserError
+from clusterssl.grace import Grace, read_grace
 from clusterssl.method import Crops
 from clusterssl.monitor import Monitor
 from clusterssl.parts import Parts
@@ -59,9 +60,11 @@ class _Training:
         self.loss_sum = torch.zeros((), device=parts.world.device, dtype=torch.float64)
         self.loss = torch.zeros((), device=parts.world.device)
         self.saved_at, self.saved_step = time.monotonic(), 0
+        self.grace: Grace | None = None
 
     def train(self) -> None:
         self.resume()
+        self.announce()
         self.progress = Progress(self.total, self.step, self.feed.global_batch, self.parts.world)
         try:
             while self.step < self.total:
@@ -70,6 +73,16 @@ class _Training:
         finally:
             self.progress.close()
             self.parts.run.close()
+
+    def announce(self) -> None:
+        """In a Slurm job, say whether the time it leaves after a signal is enough for a save."""
+        parts = self.parts
+        self.grace = read_grace() if parts.world.is_main else None
+        if self.step < self.total and dist.broadcast_object(self.grace is not None):
+            seconds = checkpoint.rehearse(parts.run, parts.model, parts.optimizer, parts.method)
+            if self.grace is not None:
+                self.grace.tell(seconds)
+                self.grace = self.grace if self.grace.fits(seconds) else None
 
     def epoch(self, epoch: int) -> None:
         method, start = self.parts.method, self.step % self.steps_per_epoch
@@ -251,6 +264,9 @@ class _Training:
             self.parts.run, self.parts.model, self.parts.optimizer, self.parts.method, state, self.step, keep_as, wait
         )
         self.saved_at, self.saved_step = time.monotonic(), self.step
+        if self.grace is not None and not self.grace.fits(self.parts.run.saver.seconds):
+            self.grace.tell(self.parts.run.saver.seconds)
+            self.grace = None  # said once
 
     def resume(self) -> None:
         state = checkpoint.load(self.parts.run, self.parts.model, self.parts.optimizer, self.parts.method)

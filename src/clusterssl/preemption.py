@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from clusterssl import dist
+from clusterssl.errors import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,8 @@ class StopRequest:
     """Remembers that this process was asked to stop; installed for the duration of a `with` block.
 
     SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C ask for a stop at the next step boundary, with a checkpoint. A second
-    Ctrl-C ends at once. Handlers do nothing else: saving inside a handler could tear a save that is under way.
+    Ctrl-C ends at once. Handlers do nothing else: saving inside a handler could tear a save that is under way. When the
+    block ends as asked, by `Stopped`, further requests are ignored: they must not change the exit code that says so.
     """
 
     def __init__(self) -> None:
@@ -32,9 +34,11 @@ class StopRequest:
             self._before[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        stopped = kind is not None and issubclass(kind, Stopped)
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            ignored = stopped and number in STOP_SIGNALS
+            signal.signal(number, signal.SIG_IGN if ignored else handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:
@@ -92,7 +96,7 @@ def why_not_requeued() -> str:
     Raises:
         OSError, subprocess.SubprocessError: Slurm does not answer.
     """
-    shown = _scontrol("--oneliner", "show", "job", _job())
+    shown = scontrol("--oneliner", "show", "job", job_number())
     known = dict(word.partition("=")[::2] for word in shown.split())
     state = known.get("JobState", "unknown")
     if known.get("BatchFlag") == "0":
@@ -100,7 +104,7 @@ def why_not_requeued() -> str:
     return "" if state == "RUNNING" or known.get("Reason") == "TimeLimit" else f"its state is {state}"
 
 
-def _job() -> str:
+def job_number() -> str:
     """This job as Slurm calls it; the plain number of an array's last task is that of the whole array, too."""
     env = os.environ
     if "SLURM_ARRAY_TASK_ID" in env:
@@ -111,13 +115,18 @@ def _job() -> str:
 def _ask_slurm() -> None:
     refusal = why_not_requeued()
     if refusal:
-        logger.info("job %s is not requeued: %s", _job(), refusal)
+        logger.info("job %s is not requeued: %s", job_number(), refusal)
         return
-    _scontrol("requeue", _job())
-    logger.info("Slurm requeues job %s", _job())
+    scontrol("requeue", job_number())
+    logger.info("Slurm requeues job %s", job_number())
 
 
-def _scontrol(*words: str) -> str:
+def scontrol(*words: str) -> str:
+    """What Slurm's scontrol prints.
+
+    Raises:
+        OSError, subprocess.SubprocessError: Slurm does not answer.
+    """
     done = subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True, timeout=60)
     return done.stdout
 

@@ -156,6 +156,8 @@ def open_store(place: Place, dist_url: str, env: dict[str, str], deadline: float
     patience = timedelta(seconds=max(deadline - time.monotonic(), 1))
     if point is None:
         store, *_ = next(torch_dist.rendezvous(dist_url, place.rank, place.size, timeout=patience))
+        # torchrun's agent keeps its store when it starts all ranks again; what the last start left there is no news.
+        store = torch_dist.PrefixStore(f"start{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         agent = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')} (torchrun's agent)"
         return Meeting(store, agent, env.get("MASTER_ADDR", "")) if dist_url == "env://" else Meeting(store, dist_url)
     host, first = point

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 import sys
@@ -66,6 +67,7 @@ def test_survives_signals(cluster: Cluster, tmp_path: Path, expected: dict[str, 
         restarted(cluster, job, tmp_path, number)
         stopped.append(read_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["step"])
     assert_finished(cluster, job, tmp_path, 3, expected)
+    assert re.search(r"a save takes \d+\.\d s, a preemption leaves 15 s", log(tmp_path)), "GraceTime and KillWait"
     for step in stopped:
         assert f"resuming at epoch {step // 6}, step {step % 6} of 6" in log(tmp_path)
 
@@ -106,6 +108,13 @@ def test_survives_an_urgent_job_and_a_failed_node(
     cluster.wait(job, "PENDING")
     cluster.heal("node2")
     assert_finished(cluster, job, tmp_path, 2, expected)
+
+
+def test_tells_what_the_signal_leaves_where_nothing_preempts(cluster: Cluster, tmp_path: Path) -> None:
+    """The recipe asks for 180 seconds."""
+    job = submit(cluster, tmp_path, *TINY_JOB, "--epochs", "1", options=("--partition=urgent",))
+    assert cluster.wait(job)["ExitCode"] == "0:0", log(tmp_path)
+    assert re.search(r"a save takes \d+\.\d s, your signal leaves 180 s", log(tmp_path)), log(tmp_path)
 
 
 def test_a_cancelled_job_stays_away(cluster: Cluster, tmp_path: Path) -> None:

@@ -28,14 +28,36 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any], *, keep_previous
     Raises:
         UserError: the disk is full or not writable; `path` is as it was before.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+
+    def fill(aside: Path) -> None:
         with aside.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if keep_previous_as is not None and path.exists():
-            _keep(path, keep_previous_as)
+
+    _put(path, fill, keep_previous_as)
+
+
+def atomic_link(source: Path, path: Path, *, keep_previous_as: Path | None = None) -> None:
+    """As `atomic_write`: make `path` another name of the file at `source`; a copy where there are no hard links."""
+
+    def fill(aside: Path) -> None:
+        aside.unlink(missing_ok=True)
+        os.link(source, aside)
+
+    try:
+        _put(path, fill, keep_previous_as)
+    except UserError:
+        atomic_write(path, lambda file: file.write(source.read_bytes()), keep_previous_as=keep_previous_as)
+
+
+def _put(path: Path, fill: Callable[[Path], None], previous: Path | None) -> None:
+    """Let `fill` make a file beside `path` and move it there."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        fill(aside)
+        if previous is not None and path.exists():
+            _keep(path, previous)
         aside.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
@@ -58,8 +80,14 @@ def _keep(path: Path, previous: Path) -> None:
     link.replace(previous)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that outlives a power cut, unless it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _sync_folder(folder.parent)
+
+
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; some file systems refuse to sync a folder, and then nothing more can be done."""
+    """Make new names durable; some file systems refuse to sync a folder, and then nothing more can be done."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -112,6 +140,17 @@ def _is_text(path: Path) -> bool:
     with path.open("rb") as file:
         begin = file.read(256)
     return bool(begin) and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in begin)
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """As `read_checkpoint`, of a file whose checksums match.
+
+    Raises:
+        UserError: as `read_checkpoint` and `check_sums`.
+    """
+    if path.is_file():
+        check_sums(path)
+    return read_checkpoint(path)
 
 
 def check_sums(path: Path) -> None:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,9 @@ from torch import Tensor
 from clusterssl import dist
 from clusterssl.dist import World
 from clusterssl.errors import UserError
-from clusterssl.files import atomic_write, check_sums, first_line, read_checkpoint
+from clusterssl.files import atomic_write, first_line, make_folder, read_whole
 from clusterssl.log import log_to_file
+from clusterssl.metrics_file import MetricsFile
 from clusterssl.saving import CURRENT, PREVIOUS, Saver, shard_path
 from clusterssl.shared_folder import why_not_shared
 
@@ -44,8 +45,8 @@ class Run:
         """Name the directory; nothing is read or written before `open`."""
         self.folder = Path(folder)
         self.world = world
-        self._metrics: IO[str] | None = None
-        self.saver = Saver(self.folder, world)
+        self._metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self.saver = Saver(self.folder, world, self._metrics.sync)
 
     def open(self, method: str, config: dict[str, Any], facts: dict[str, Any], fixed: frozenset[str]) -> None:
         """Check that the directory is this run's or free, then record this start.
@@ -104,9 +105,11 @@ class Run:
         return [f"--{key} differs from the first start: was {old[key]}, is now {new[key]}" for key in differing]
 
     def _record_start(self, method: str, config: dict[str, Any], facts: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*.tmp"):  # of a save that a kill interrupted
-            leftover.unlink(missing_ok=True)
+        make_folder(self.folder)
+        for pattern in (".*.tmp", "checkpoints/.*.tmp", ".nonce-*"):  # of what a kill interrupted
+            for leftover in self.folder.glob(pattern):
+                leftover.unlink(missing_ok=True)
+        device = self.world.device
         start = {
             "time": time.time(),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -114,7 +117,7 @@ class Run:
             "job": os.environ.get("SLURM_JOB_ID"),
             "world_size": self.world.size,
             "launcher": self.world.launcher,
-            "device": _device_name(self.world.device),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "git": _git(),
         }
@@ -127,16 +130,8 @@ class Run:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl (rank 0)."""
-        if not self.world.is_main:
-            return
-        if self._metrics is None:
-            path = self.folder / "metrics.jsonl"
-            torn = _ends_within_line(path)
-            self._metrics = path.open("a")
-            if torn:  # a kill may have cut the last line; ours must not be glued to it
-                self._metrics.write("\n")
-        self._metrics.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
-        self._metrics.flush()
+        if self.world.is_main:
+            self._metrics.append(record)
 
     def save(self, shared: dict[str, Any], sharded: dict[str, Tensor], *, step: int, keep_as: str = "") -> None:
         """Write a checkpoint and wait until it is complete; `saver` can do it while training goes on.
@@ -185,7 +180,7 @@ class Run:
         return None
 
     def _read(self, path: Path) -> dict[str, Any]:
-        state = _read_whole(path)
+        state = read_whole(path)
         if "step" not in state or "shards" not in state:
             raise UserError(f"{path}: a checkpoint of another program; use --init to start from its weights")
         state["sharded"] = self._my_shard(state["step"], state["shards"], state.get("rows", {}))
@@ -194,11 +189,11 @@ class Run:
     def _my_shard(self, step: int, shards: int, rows: dict[str, int]) -> dict[str, Tensor]:
         """This rank's rows of what was split over `shards` ranks, read one file at a time."""
         if shards in (0, self.world.size):
-            return _read_whole(shard_path(self.folder, step, self.world.rank, shards)) if shards else {}
+            return read_whole(shard_path(self.folder, step, self.world.rank, shards)) if shards else {}
         mine: dict[str, list[Tensor]] = {name: [] for name in rows}
         before = dict.fromkeys(rows, 0)
         for rank in range(shards):
-            part = _read_whole(shard_path(self.folder, step, rank, shards))
+            part = read_whole(shard_path(self.folder, step, rank, shards))
             for name, total in rows.items():
                 first, end = dist.share(total)
                 start = before[name]
@@ -209,27 +204,7 @@ class Run:
     def close(self) -> None:
         """Complete a checkpoint under way and close the metrics file; no collective call."""
         self.saver.close()
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
-
-
-def _read_whole(path: Path) -> dict[str, Any]:
-    if path.is_file():
-        check_sums(path)
-    return read_checkpoint(path)
-
-
-def _ends_within_line(path: Path) -> bool:
-    if not path.exists() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        self._metrics.close()
 
 
 def _git() -> dict[str, Any] | None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from torch import Tensor
 from clusterssl import dist
 from clusterssl.dist import World
 from clusterssl.errors import UserError
-from clusterssl.files import first_line, save_checkpoint
+from clusterssl.files import atomic_link, first_line, make_folder, save_checkpoint
 from clusterssl.snapshot import Snapshots
 
 logger = logging.getLogger(__name__)
@@ -51,8 +50,15 @@ def shard_path(folder: Path, step: int, rank: int, size: int) -> Path:
 class Saver:
     """Writes the checkpoints of a run directory, one at a time; all ranks call the same methods in the same order."""
 
-    def __init__(self, folder: Path, world: World) -> None:
-        self.folder, self.world = folder, world
+    def __init__(self, folder: Path, world: World, sync_records: Callable[[], None] = lambda: None) -> None:
+        """Name the directory.
+
+        Args:
+            folder: the run directory.
+            world: the ranks.
+            sync_records: brings to the disk what a checkpoint must not be ahead of.
+        """
+        self.folder, self.world, self.sync_records = folder, world, sync_records
         self.step = -1
         """of the checkpoint that is there"""
         self.sound = True
@@ -229,10 +235,15 @@ class _Save(threading.Thread):
         if self._store.check([f"{self._key}/failed"]):
             return
         saver = self._saver
-        previous = saver.folder / PREVIOUS if saver.sound else None
-        save_checkpoint(self._shared, saver.folder / CURRENT, keep_previous_as=previous)
-        if self._keep_as:
-            _keep(saver.folder / CURRENT, self._keep_as)
+        saver.sync_records()
+        current, previous = saver.folder / CURRENT, saver.folder / PREVIOUS if saver.sound else None
+        if self._keep_as:  # the kept copy first: a run that is killed in between writes both again
+            kept = saver.folder / "checkpoints" / self._keep_as
+            make_folder(kept.parent)
+            save_checkpoint(self._shared, kept)
+            atomic_link(kept, current, keep_previous_as=previous)
+        else:
+            save_checkpoint(self._shared, current, keep_previous_as=previous)
         saver.prune(self.step)
 
 
@@ -241,16 +252,3 @@ def _raise_first(problem: str) -> None:
     problem = dist.first_problem(problem)
     if problem:
         raise UserError(problem)
-
-
-def _keep(path: Path, name: str) -> None:
-    """Another name for a checkpoint, under checkpoints/ beside it."""
-    folder = path.parent / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    link = folder / f".{name}.tmp"
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)  # no copy: the current file is only ever replaced, never rewritten
-    except OSError:
-        link.write_bytes(path.read_bytes())
-    link.replace(folder / name)

@@ -47,7 +47,7 @@ def flipped(folder: Path, chance: Random, part: str) -> Story:
 
     def kill(life: Life, number: int) -> None:
         if number == 0:
-            life.wait_for_step(chance.randint(3, 12))
+            life.wait_for_step(chance.randint(9, 14))  # the queue, which ranks share, begins in epoch 1
             life.launched.send(signal.SIGKILL)
 
     def flip() -> None:

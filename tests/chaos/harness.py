@@ -31,13 +31,13 @@ FLAGS = [
         "0.5",
     ),
     *("--nmb_prototypes", "12", "--queue_length", "256", "--epoch_queue_starts", "1", "--batch_size", "64"),
-    *("--warmup_epochs", "1", "--epochs", "5", "--checkpoint_freq", "1", "--checkpoint_minutes", "0", "--workers", "0"),
+    *("--warmup_epochs", "1", "--epochs", "4", "--checkpoint_freq", "1", "--checkpoint_minutes", "0", "--workers", "0"),
     *("--log_freq", "1", "--join_timeout_seconds", "6", "--device", "cpu"),
 ]
-"""a run of 35 steps on two ranks, with a checkpoint after each and state that is split over them"""
+"""a run of 28 steps on two ranks, with a checkpoint after each and state that is split over them"""
 
 MOST_STARTS = 25
-PATIENCE_S = 60.0
+PATIENCE_S = 30.0
 """for the end of all ranks after the first has ended: they notice by themselves"""
 
 

@@ -58,7 +58,7 @@ def test_stuck_rank(whole: Path, chance: Random, tmp_path: Path) -> None:
     story = faults.stuck(tmp_path / "run", chance)
     assert_unharmed(story, whole)
     assert 75 in story.codes[0] and story.forced == 0
-    assert "of 35; its threads" in story.printed[0] and "in wait_for_nothing" in story.printed[0]
+    assert "of 28; its threads" in story.printed[0] and "in wait_for_nothing" in story.printed[0]
 
 
 @pytest.fixture
@@ -78,10 +78,19 @@ def test_full_disk(whole: Path, chance: Random, disk: Path) -> None:
     assert_unharmed(story, whole)
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return faults.make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def whole_of_images(images: Path) -> Path:
+    return whole_run(images.with_name("whole"), "--data_path", str(images))
+
+
 @pytest.mark.parametrize("for_long", [False, True], ids=["for a second", "for long"])
-def test_images_gone(for_long: bool, chance: Random, tmp_path: Path) -> None:
-    images = faults.make_images(tmp_path / "images")
+def test_images_gone(for_long: bool, images: Path, whole_of_images: Path, chance: Random, tmp_path: Path) -> None:
     story = faults.images_gone(tmp_path / "run", chance, images, for_long=for_long)
     assert story.codes == ([[75, 75], [0, 0]] if for_long else [[0, 0]]), story.printed[0]
     assert "trying again in" in story.printed[0]
-    assert_unharmed(story, whole_run(tmp_path / "whole", "--data_path", str(images)))
+    assert_unharmed(story, whole_of_images)

@@ -47,3 +47,9 @@ def go_on(folder: Path, steps: int = 5) -> int:
     begin = last_step(folder)
     until(lambda: last_step(folder) >= begin + steps, 300, lambda: f"no step after {begin}:\n{log(folder)}")
     return last_step(folder)
+
+
+def ranks_on(cluster: Cluster, node: str) -> list[str]:
+    """Process numbers of the training on a node."""
+    found = cluster.on(node, "sh", "-c", "pgrep -f '^[^ ]*python[^ ]* -u [^ ]*slowly.py [^ ]*main_swav.py' || true")
+    return found.split()

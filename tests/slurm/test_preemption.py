@@ -14,7 +14,8 @@ import torch
 from clusterssl.files import read_checkpoint
 from tests.launch import ROOT, Launched
 from tests.slurm.cluster import Cluster, until
-from tests.slurm.jobs import RECIPE, SLOWLY, STEPS, TINY_JOB, go_on, log, submit
+from tests.slurm.faults import Fault, cut_link, endure_as_job, failed_node, stopped_rank, urgent_job
+from tests.slurm.jobs import RECIPE, SLOWLY, STEPS, TINY_JOB, go_on, log, ranks_on, submit
 from tests.test_recipes import flags_of
 
 pytestmark = pytest.mark.slow
@@ -72,12 +73,6 @@ def test_survives_signals(cluster: Cluster, tmp_path: Path, expected: dict[str, 
         assert f"resuming at epoch {step // 6}, step {step % 6} of 6" in log(tmp_path)
 
 
-def ranks_on(cluster: Cluster, node: str) -> list[str]:
-    """Process numbers of the training on a node where srun itself does not run."""
-    found = cluster.on(node, "sh", "-c", "pgrep -f '[s]lowly.py main_swav.py' || true")
-    return found.split()
-
-
 def test_survives_a_signal_under_torchrun(cluster: Cluster, tmp_path: Path, expected: dict[str, torch.Tensor]) -> None:
     """Its agent passes on SIGTERM."""
     flags = shlex.join([*flags_of(RECIPE)[1], *TINY_JOB, "--dump_path", str(tmp_path / "run")])
@@ -94,20 +89,15 @@ def test_survives_a_signal_under_torchrun(cluster: Cluster, tmp_path: Path, expe
     assert_finished(cluster, job, tmp_path, 1, expected)
 
 
-def test_survives_an_urgent_job_and_a_failed_node(
-    cluster: Cluster, tmp_path: Path, expected: dict[str, torch.Tensor]
+@pytest.mark.parametrize("faults", [(urgent_job, failed_node), (cut_link, stopped_rank)], ids=lambda f: f[0].__name__)
+def test_survives_one_fault_after_another(
+    faults: tuple[Fault, ...], cluster: Cluster, tmp_path: Path, expected: dict[str, torch.Tensor]
 ) -> None:
-    job = submit(cluster, tmp_path, *TINY_JOB, options=("--exclusive",))
-    go_on(tmp_path)
-    urgent = cluster.submit("--nodes=2", "--exclusive", "--partition=urgent", "--wrap", "true", cwd=tmp_path)
-    cluster.wait(job, "PENDING")
-    assert "stopped by SIGUSR1" in log(tmp_path)
-    cluster.wait(urgent, "COMPLETED")
-    go_on(tmp_path)
-    cluster.fail("node2")
-    cluster.wait(job, "PENDING")
-    cluster.heal("node2")
-    assert_finished(cluster, job, tmp_path, 2, expected)
+    story = endure_as_job(cluster, tmp_path, *faults)
+    assert (story.codes[-1], story.restarts) == ([0], len(faults)), story.printed[0]
+    assert not story.orphans and story.lost <= 6, "an epoch, which ends with a checkpoint, has 6 steps"
+    state = read_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["state_dict"]
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_tells_what_the_signal_leaves_where_nothing_preempts(cluster: Cluster, tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from torch.distributed import HashStore
 
+from clusterssl import saving
 from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.files import read_checkpoint
@@ -14,10 +18,11 @@ from tests.chaos.disk import Recorder, lay_out, power_cuts
 from tests.launch import metrics
 
 RANKS, STEPS = 2, 3
+_store, _numbers = HashStore(), itertools.count()
 
 
 def open_run(folder: Path, rank: int = 0) -> Run:
-    """A start of a run by one of two ranks, which need not meet to save and to load."""
+    """A start of a run by one of two ranks, which need not meet to load."""
     run = Run(folder, World(rank, RANKS))
     if rank == 0:
         run.open("power", {}, {}, frozenset())
@@ -25,12 +30,14 @@ def open_run(folder: Path, rank: int = 0) -> Run:
 
 
 def save(runs: list[Run], step: int) -> None:
-    """A checkpoint of both ranks; every second one is kept."""
+    """A checkpoint of both ranks, which share this process and so what they meet at; every second one is kept."""
     runs[0].log({"step": step})
-    for rank in reversed(range(RANKS)):  # rank 0 writes what is shared, after all parts
-        rows = torch.full((3,), float(10 * step + rank))
-        keep_as = f"ckp-{step}.pth" if step % 2 == 0 else ""
-        runs[rank].save({"weight": torch.full((5,), float(step))}, {"rows": rows}, step=step, keep_as=keep_as)
+    number = itertools.repeat(next(_numbers))
+    with patch.object(saving.dist, "store", lambda: _store), patch.object(saving, "_numbers", number):
+        for rank in reversed(range(RANKS)):  # rank 0 waits for the parts of all
+            rows = torch.full((3,), float(10 * step + rank))
+            keep_as = f"ckp-{step}.pth" if step % 2 == 0 else ""
+            runs[rank].save({"weight": torch.full((5,), float(step))}, {"rows": rows}, step=step, keep_as=keep_as)
 
 
 def close(runs: list[Run]) -> None:

@@ -19,7 +19,7 @@ from clusterssl import dist
 from clusterssl.batchnorm import synchronise
 from clusterssl.checkpoint import distribute
 from clusterssl.config import command, gives, plain
-from clusterssl.data import Augment, BadImages, Loader, MultiCrop, fingerprint, open_source
+from clusterssl.data import Augment, BadImages, Loader, MultiCrop, Source, fingerprint, open_source
 from clusterssl.dist import World
 from clusterssl.feed import Feed
 from clusterssl.log import log_to_screen
@@ -134,7 +134,9 @@ def assemble(
         UserError: bad images, flags, weights or run directory, in the words of the part that found it.
     """
     torch.manual_seed(config.run.seed)
-    loader = _loader(config, world, multicrop, images_per_epoch)
+    data, patience_s = config.data, 60 * config.data.data_patience_minutes
+    source = open_source(data.data_path, subset_file=data.subset_file, patience_s=patience_s)
+    loader = make_loader(source, config, world, multicrop=multicrop, images_per_epoch=images_per_epoch)
     model = _placed(make_model(config), config, world)
     wrapped = distribute(model, world)
     run = Run(config.run.dump_path, world)
@@ -156,17 +158,21 @@ def assemble(
     return Parts(method, wrapped, optimizer, feed, _schedule(config, rate), run, world, _record(config, model))
 
 
-def _loader(
-    config: T, world: World, multicrop: MultiCrop | None, images_per_epoch: Callable[[T, int], int] | None
+def make_loader(
+    source: Source,
+    config: T,
+    world: World,
+    *,
+    multicrop: MultiCrop | None = None,
+    images_per_epoch: Callable[[T, int], int] | None = None,
 ) -> Loader:
+    """Batches of these images for one rank; arguments and errors as of `assemble`."""
     data = config.data
     crops = multicrop or MultiCrop(
         nmb_crops=data.nmb_crops, size_crops=data.size_crops, min_scale_crops=data.min_scale_crops,
         max_scale_crops=data.max_scale_crops, color_jitter=data.color_jitter, color_jitter_p=data.color_jitter_p,
         gray_p=data.gray_p, blur_p=data.blur_p, flip_p=data.flip_p,
     )  # fmt: skip
-    patience_s = 60 * data.data_patience_minutes
-    source = open_source(data.data_path, subset_file=data.subset_file, patience_s=patience_s)
     return Loader(
         source, crops, batch_size=config.optim.batch_size, accumulate=config.optim.accumulate,
         rank=world.rank, world_size=world.size, seed=config.run.seed, workers=min(data.workers, os.cpu_count() or 1),

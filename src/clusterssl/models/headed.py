@@ -74,7 +74,10 @@ class HeadedNet(Network):
                 delattr(self, name)
             like = next(self.backbone.parameters(), torch.empty(0))
             for name, size in zip(_names(len(sizes)), sizes, strict=True):
-                head = nn.utils.skip_init(nn.Linear, self.feature_dim, size, device=like.device, dtype=like.dtype)
+                head = nn.Linear(self.feature_dim, size, device="meta")  # draws nothing; `_reset` does
+                for kind, parameter in list(head.named_parameters()):
+                    empty = torch.empty(parameter.shape, device=like.device, dtype=like.dtype)
+                    head.register_parameter(kind, nn.Parameter(empty))
                 self.add_module(name, head)
         self.nmb_clusters = sizes
         for head, size in zip(self.heads(), sizes, strict=True):

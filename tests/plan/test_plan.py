@@ -162,7 +162,16 @@ def test_published_words_are_read_as_the_script_reads_them() -> None:
         read_script(ROOT / "main_swav.py", ["--nmb_crop", "2"], 1, 1)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_messages_of_a_rank_do_not_depend_on_the_number_of_ranks(name: str) -> None:
+    script, flags = METHODS[name]
+    longer = {"swav": "--queue_length", "selfclassifier": "--queue_len"}.get(name, "--seed")
+    blueprint = read_script(ROOT / script, [*SHARED, *flags, longer, "128"], 1, 1)
+    few, many = (rehearse(blueprint, 4000, ranks, gpu=True).messages for ranks in (2, 8))
+    assert few == many and len(few) > 3
+
+
 def test_groups_of_batchnorm_share_among_themselves() -> None:
-    words = [*SHARED[:-4], *METHODS["swav"][1], "--data_path", "x", "--sync_bn", "apex"]
+    words = [*SHARED[:-4], *METHODS["swav"][1], "--data_path", "x", "--sync_bn", "apex", "--queue_length", "0"]
     messages = rehearse(read_script(ROOT / "main_swav.py", words, 2, 8), 1000, 16, gpu=True).messages
     assert {message.ranks for message in messages if message.part == "batchnorm"} == {8}

@@ -19,7 +19,7 @@ LABELS = {
     "transport_labels": "count of labelled images",
     "main_deepcluster": "gradients of the top layer",
 }
-SHARED = ("gradients", "batchnorm", "buffers of the network", "agreement to go on")
+SHARED = ("gradients", "main_deepcluster", "batchnorm", "buffers of the network", "agreement to go on")
 """parts that any training with these networks has; all others are the method's own"""
 
 

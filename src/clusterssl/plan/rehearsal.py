@@ -183,7 +183,8 @@ class _Rehearsal:
     def _normalisations(self, net: nn.Module) -> Iterator[None]:
         """Notes what SyncBatchNorm sends on GPUs, where it is torch's own: it cannot run here."""
         o, norms = self.config.model, [m for m in net.modules() if isinstance(m, _BatchNorm)]
-        ranks = min(o.syncbn_process_group_size or self.ranks, self.ranks) if o.sync_bn == "apex" else self.ranks
+        group = o.syncbn_process_group_size if o.sync_bn == "apex" else 0
+        ranks = group if 0 < group < self.ranks else 0
 
         def passed(norm: Any, *_: Any) -> None:
             if norm.training:
@@ -191,7 +192,7 @@ class _Rehearsal:
                 if torch.is_grad_enabled():
                     self.watch.messages.append(Message("batchnorm", "all-reduce", 8 * norm.num_features, ranks))
 
-        wanted = self.gpu and ranks > 1 and o.sync_bn in ("pytorch", "apex")
+        wanted = self.gpu and self.ranks > 1 and ranks != 1 and o.sync_bn in ("pytorch", "apex")
         handles = [norm.register_forward_hook(passed) for norm in norms] if wanted else []
         yield
         for handle in handles:

@@ -1,0 +1,83 @@
+"""One LARS update of a ResNet-50: ours beside timm's Lars and torch's SGD, which does not look at norms.
+
+    python bench/lars.py
+    python bench/lars.py --device cuda
+
+Every optimiser has its own copy of the network's parameters and gradients, the same numbers in each. They take turns;
+medians count. "SGD foreach" is the floor: momentum and weight decay without any norm.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+from record import write_result
+from timing import in_turns
+from torch import Tensor
+
+from clusterssl import config as cfg
+from clusterssl.models.build import build_model
+from clusterssl.optim import LARS
+
+
+@dataclass(frozen=True)
+class Options:
+    """Comparison."""
+
+    arch: str = "resnet50"
+    repeats: int = 15
+    threads: int = 0
+    """0: all cores"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    out: str = "bench/results/lars.json"
+
+
+def parameters(options: Options) -> list[Tensor]:
+    """Of SwAV's network, each with a gradient; the same numbers at every call."""
+    torch.manual_seed(0)
+    net = build_model(options.arch, "imagenet", 2048, 128, 3000).to(options.device)
+    for p in net.parameters():
+        p.grad = 1e-3 * torch.randn_like(p)
+    return list(net.parameters())
+
+
+def optimizers() -> dict[str, Callable[[list[Tensor]], Any]]:
+    """What is compared; timm where it is installed."""
+    found: dict[str, Callable[[list[Tensor]], Any]] = {
+        "ours": partial(LARS, lr=0.6, weight_decay=1e-6),
+        "SGD foreach": partial(torch.optim.SGD, lr=0.6, momentum=0.9, weight_decay=1e-6, foreach=True),
+        "SGD loop": partial(torch.optim.SGD, lr=0.6, momentum=0.9, weight_decay=1e-6, foreach=False),
+    }
+    try:
+        from timm.optim import Lars
+    except ImportError:
+        return found
+    same = partial(Lars, lr=0.6, momentum=0.9, weight_decay=1e-6, trust_coeff=0.001, always_adapt=True)
+    return {**found, "timm Lars": same}
+
+
+def main() -> None:
+    options = cfg.parse(Options, description=__doc__)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    steps = {name: make(parameters(options)).step for name, make in optimizers().items()}
+    times = in_turns(steps, options.repeats, warmup=2)
+    floor, found = times["SGD foreach"], {}
+    for name, time in times.items():
+        found[name] = {**time._asdict(), "over_sgd": time.median / floor.median, "cpu_over_sgd": time.cpu / floor.cpu}
+        print(f"{name:12} {1e3 * time.median:7.2f} ms ({1e3 * time.low:.2f} to {1e3 * time.high:.2f})  "
+              f"{time.median / floor.median:.2f} x SGD foreach, CPU time {time.cpu / floor.cpu:.2f} x")  # fmt: skip
+    about = {**cfg.plain(options), "threads": torch.get_num_threads()}
+    write_result(Path(options.out), {"options": about, "update": found})
+
+
+if __name__ == "__main__":
+    cfg.entry(main)

@@ -156,6 +156,14 @@ def size() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
+def local_size() -> int:
+    """Processes of this run on this machine, as far as the launcher says; 1 alone."""
+    try:
+        return ranks_per_node(dict(os.environ))
+    except UserError:
+        return 1
+
+
 def share(total: int) -> tuple[int, int]:
     """Bounds (start, stop) of this rank's contiguous share of `total` rows; shares differ by one row at most."""
     return rank() * total // size(), (rank() + 1) * total // size()

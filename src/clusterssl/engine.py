@@ -65,7 +65,8 @@ class _Training:
     def train(self) -> None:
         self.resume()
         self.announce()
-        self.progress = Progress(self.total, self.step, self.feed.global_batch, self.parts.world)
+        faster = self.feed.loader.faster
+        self.progress = Progress(self.total, self.step, self.feed.global_batch, self.parts.world, faster)
         try:
             while self.step < self.total:
                 self.epoch(self.step // self.steps_per_epoch)

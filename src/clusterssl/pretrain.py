@@ -49,11 +49,11 @@ class PretrainConfig(Protocol):
 
 
 FREE = frozenset(
-    ["data_path", "subset_file", "workers", "max_bad_fraction", "data_patience_minutes", "batch_size", "accumulate",
-     "epochs", "base_lr", "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init", "dump_path",
-     "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse", "hang_minutes", "device", "dist_url",
-     "timeout_minutes", "join_timeout_seconds", "world_size", "rank", "local_rank", "channels_last", "compile",
-     "use_fp16", "amp_dtype", "syncbn_process_group_size"]
+    ["data_path", "subset_file", "cache", "workers", "max_bad_fraction", "data_patience_minutes", "batch_size",
+     "accumulate", "epochs", "base_lr", "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init",
+     "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse", "hang_minutes", "device",
+     "dist_url", "timeout_minutes", "join_timeout_seconds", "world_size", "rank", "local_rank", "channels_last",
+     "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -135,7 +135,7 @@ def assemble(
     """
     torch.manual_seed(config.run.seed)
     data, patience_s = config.data, 60 * config.data.data_patience_minutes
-    source = open_source(data.data_path, subset_file=data.subset_file, patience_s=patience_s)
+    source = open_source(data.data_path, subset_file=data.subset_file, patience_s=patience_s, cache=data.cache)
     loader = make_loader(source, config, world, multicrop=multicrop, images_per_epoch=images_per_epoch)
     model = _placed(make_model(config), config, world)
     wrapped = distribute(model, world)

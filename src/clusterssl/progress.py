@@ -6,7 +6,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -18,13 +18,19 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 10.0
+_LONG_WAIT = 0.1
+"""share of the time waiting for data above which something is said"""
+_JUDGED_SECONDS = 30.0
 
 
 class Progress:
     """Speed, share of the time spent waiting for data, and time to go."""
 
-    def __init__(self, total: int, done: int, images_per_step: int, world: World) -> None:
-        """Args: optimiser steps in all and already done, images of a step over all ranks."""
+    def __init__(
+        self, total: int, done: int, images_per_step: int, world: World, faster: Callable[[], str] | None = None
+    ) -> None:
+        """Args: optimiser steps in all and already done, images of a step over all ranks, what would load faster."""
+        self._faster, self._judged, self._judged_wait = faster, 0.0, 0.0
         self._total, self._images, self._main = total, images_per_step, world.is_main
         self._start, self._first = time.monotonic(), done
         self._since, self._since_step, self._waited = self._start, done, 0.0
@@ -54,8 +60,23 @@ class Progress:
             "images_per_s": round((step - self._since_step) * self._images / elapsed, 1),
             "data_wait": round(min(self._waited / elapsed, 1.0), 4),
         }
+        self._judge(elapsed, self._waited, first=self._since == self._start)
         self._since, self._since_step, self._waited = now, step, 0.0
         return rates
+
+    def _judge(self, elapsed: float, waited: float, first: bool) -> None:
+        """Say once that the data is what the run waits for; the first interval holds the start of the workers."""
+        if self._faster is None or first:
+            return
+        self._judged, self._judged_wait = self._judged + elapsed, self._judged_wait + waited
+        if self._judged < _JUDGED_SECONDS:
+            return
+        share = self._judged_wait / self._judged
+        if share > _LONG_WAIT:
+            if self._main:
+                logger.warning("%.0f %% of the time goes into waiting for data: %s", 100 * share, self._faster())
+            self._faster = None
+        self._judged = self._judged_wait = 0.0
 
     def show(self, record: dict[str, Any]) -> None:
         """Show a logged record: on the bar, or as a line when the last one is some seconds ago or the run ends."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from clusterssl.data import BadImageError, Loader, MultiCrop, open_source
-from clusterssl.data.cache import CachedSource
+from clusterssl.data import BadImageError, Loader, MultiCrop, fingerprint, open_source
+from clusterssl.data import cache as module
+from clusterssl.data.cache import CachedFiles, CachedSource
+from clusterssl.data.pack import PackOptions, pack
+from clusterssl.errors import UserError
 
 
 @pytest.fixture
@@ -57,3 +61,57 @@ def test_survives_pickling(small: Path) -> None:
 def test_large_images_are_not_kept(tree: Path) -> None:
     Image.new("RGB", (300, 200)).save(tree / "cat" / "0.png")
     assert not isinstance(open_source(str(tree)), CachedSource)
+
+
+def test_none_keeps_nothing(small: Path) -> None:
+    source = open_source(str(small), cache="none")
+    source.load(1)
+    (small / "1.png").unlink()
+    with pytest.raises(BadImageError):
+        source.load(1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_ram_keeps_the_files_of_large_images_for_all_workers(packed: bool, tree: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200), (9, 8, 7)).save(tree / "cat" / "0.png")
+    (tree / "dog" / "broken.png").write_bytes(b"broken")
+    path, images = tree, 13
+    if packed:
+        pack(tree, tmp_path / "packed", PackOptions(workers=1))
+        path = tmp_path / "packed"
+    source, plain = open_source(str(path), cache="ram"), open_source(str(path), cache="none")
+    assert isinstance(source, CachedFiles) and fingerprint(source) == fingerprint(plain)
+    crops = MultiCrop((2,), (16,))
+    list(Loader(source, crops, batch_size=images, workers=2).epoch(0))
+    expected = [None if "broken" in plain.name(i) else plain.load(i) for i in range(images)]
+    expected_batch = next(Loader(plain, crops, batch_size=images).epoch(1))[0]
+    shutil.rmtree(path)
+    for i, image in enumerate(expected):
+        if image is None:
+            with pytest.raises(BadImageError, match="not an image"):
+                source.load(i)
+        else:
+            assert torch.equal(source.load(i), image)
+    batch = next(Loader(source, crops, batch_size=images, workers=2).epoch(1))[0]
+    assert torch.equal(batch.crops[0], expected_batch.crops[0]) and len(batch.bad) == 1
+
+
+def test_ram_travels_empty(tree: Path) -> None:
+    Image.new("RGB", (300, 200)).save(tree / "cat" / "0.png")
+    source = open_source(str(tree), cache="ram")
+    assert torch.equal(pickle.loads(pickle.dumps(source)).load(2), source.load(2))
+
+
+def test_ram_keeps_small_images_beyond_the_limit_of_auto(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BYTES", 1000)
+    assert not isinstance(open_source(str(small)), CachedSource)
+    assert isinstance(open_source(str(small), cache="ram"), CachedSource)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_ram_is_refused_where_it_does_not_fit(large: bool, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:
+        Image.effect_noise((300, 200), 50).save(small / "1.png")
+    monkeypatch.setattr(module, "_available_bytes", lambda: 2000.0)
+    with pytest.raises(UserError, match="--cache ram: 1 ranks on this machine need"):
+        open_source(str(small), cache="ram")

@@ -8,8 +8,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clusterssl.data import Batch, Loader, MultiCrop, eval_batches, open_source
 from clusterssl.data.loader import signals_held
@@ -142,3 +144,31 @@ def test_a_loader_that_dies_in_a_cycle_leaves_no_worker(monkeypatch: pytest.Monk
     gc.collect()
     worker.join(5)
     assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_leaves_a_worker_in_one_piece_of_shared_memory(workers: int) -> None:
+    crops = MultiCrop((2, 1, 1), (80, 24, 70), (0.3, 0.2, 0.1), (1.0, 0.5, 0.2))
+    alone, helped = (Loader(open_source("synthetic:13:90x90"), crops, batch_size=5, workers=w) for w in (0, workers))
+    for (a,), (b,) in zip(alone.epoch(1), helped.epoch(1), strict=True):
+        assert len({view.untyped_storage().data_ptr() for view in b.crops}) == 1 and b.crops[0].is_shared()
+        assert torch.equal(a.params, b.params) and torch.equal(a.index, b.index)
+        for mine, theirs in zip(a.crops, b.crops, strict=True):
+            assert torch.equal(mine, theirs) and mine.stride() == theirs.stride()
+
+
+def test_the_knob_that_makes_loading_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (120, 130, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+
+    def told(data: str, workers: int) -> str:
+        return Loader(open_source(data), MultiCrop((2,), (32,)), batch_size=2, workers=workers).faster()
+
+    assert told(str(tmp_path), 3) == "raise --workers, now 3 for each of 1 ranks on 8 cores"
+    assert "clusterssl.data.pack SRC DST --short_side" in told(str(tmp_path), 8)
+    assert "--nmb_crops" in told("synthetic:8:32x32", 8)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert "clusterssl.data.pack" in told(str(tmp_path), 2)

@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from clusterssl.data.pack import PackOptions, pack
 from clusterssl.data.packed import PackedSource
 from clusterssl.errors import UserError
 from tests.forked import server
+from tests.launch import ROOT
 
 FIVE = PackOptions(shard_images=5, workers=1)
 
@@ -164,6 +167,25 @@ def test_a_changed_byte_is_found_and_other_images_are_refused(tree: Path, packed
     (tree / "cat" / "new.png").write_bytes((tree / "cat" / "0.png").read_bytes())
     with pytest.raises(UserError, match="other images"):
         pack(tree, packed, FIVE)
+
+
+def command(*words: str) -> tuple[int, str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-m", "clusterssl.data.pack", *words], env=env, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_command(tree: Path, tmp_path: Path) -> None:
+    code, said = command(str(tree), str(tmp_path / "packed"), "--shard_images", "5", "--workers", "1")
+    assert code == 0 and "12 images in 3 shards" in said
+    code, said = command(str(tree), str(tmp_path / "packed"), "--shard_images", "5")
+    assert code == 0 and "all as written" in said
+    code, said = command(str(tree))
+    assert code == 2 and "SRC DST" in said
+    code, said = command(str(tmp_path / "nothing"), str(tmp_path / "other"))
+    assert code == 2 and "Traceback" not in said
 
 
 def test_bad_input_is_told(tree: Path, tmp_path: Path, packed: Path) -> None:

@@ -6,6 +6,7 @@ Suffixes: N images, V views, T tries, B rows of a batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -91,6 +92,24 @@ def resized_crop(
 
 def empty_crops(rows: int, size: tuple[int, int]) -> Tensor:
     """Uninitialised uint8 [rows, 3, h, w]; small ones planar, others channels-last as `resized_crop` delivers."""
-    if max(size) <= SMALL_SIDE:
-        return torch.empty((rows, 3, *size), dtype=torch.uint8)
-    return torch.empty((rows, *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    return crops_in(torch.empty(buffer_bytes(rows, [size]), dtype=torch.uint8), rows, [size])[0]
+
+
+def buffer_bytes(rows: int, sizes: Sequence[tuple[int, int]]) -> int:
+    """Bytes that `rows` crops of each of the sizes take behind one another."""
+    return sum(_aligned(3 * rows * h * w) for h, w in sizes)
+
+
+def crops_in(buffer: Tensor, rows: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Views uint8 [rows, 3, h, w] of a buffer of `buffer_bytes`, one for each size, laid out as `empty_crops`."""
+    views, start = [], 0
+    for h, w in sizes:
+        pixels = buffer[start : start + 3 * rows * h * w]
+        small = max(h, w) <= SMALL_SIDE
+        views.append(pixels.view(rows, 3, h, w) if small else pixels.view(rows, h, w, 3).permute(0, 3, 1, 2))
+        start += _aligned(3 * rows * h * w)
+    return views
+
+
+def _aligned(count: int) -> int:
+    return -(-count // 64) * 64

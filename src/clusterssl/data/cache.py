@@ -1,4 +1,4 @@
-"""Keeps small decoded images in memory, shared with the workers.
+"""Keeps images in memory, shared with the workers: small ones decoded, of others the files.
 
 A CIFAR or Tiny ImageNet JPEG takes longer to open and decode than to crop. Anonymous shared memory is seen by forked
 workers and, unlike /dev/shm, is not capped at 64 MB in containers; pages are taken up as images are first read.
@@ -6,19 +6,27 @@ workers and, unlike /dev/shm, is not capped at 64 MB in containers; pages are ta
 
 from __future__ import annotations
 
+import contextlib
+import math
 import mmap
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clusterssl.data.decode import BadImageError
+from clusterssl import dist
+from clusterssl.data.decode import BadImageError, decode
+from clusterssl.errors import UserError
 
+Cache = Literal["auto", "ram", "none"]
 MAX_IMAGE_BYTES = 3 * 96 * 96
 MAX_BYTES = 2**30
 _PROBES = 8
+_USABLE = 0.8
+"""share of the free memory that a cache may take"""
 
 
 class CachedSource:
@@ -67,13 +75,113 @@ class CachedSource:
         self.__init__(state["inner"], state["shape"])  # type: ignore[misc]
 
 
-def cached_if_small(source: Any) -> Any:
-    """The source with a cache if its first readable image says that all of them fit into memory, else as it is."""
+class CachedFiles:
+    """A source whose files are read once and decoded every time: they take a tenth of the memory of their pixels."""
+
+    def __init__(self, inner: Any) -> None:
+        """Args: a source of files with `file_bytes` and `read`."""
+        self.inner = inner
+        self.classes: list[str] = inner.classes
+        self.labels: NDArray[np.int64] = inner.labels
+        self._ends = np.cumsum([_size(inner, i) for i in range(len(inner))], dtype=np.int64)
+        _check_memory(int(self._ends[-1]))
+        self._allocate()
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def name(self, i: int) -> str:
+        """Name of image i."""
+        return self.inner.name(i)
+
+    def file_bytes(self, i: int) -> int:
+        """Size of the file of image i."""
+        return self.inner.file_bytes(i)
+
+    def load(self, i: int) -> Tensor:
+        """Decodes image i, uint8 [3, H, W]."""
+        kept = self._data[int(self._ends[i - 1]) if i else 0 : int(self._ends[i])]
+        if self._filled[i]:
+            return decode(kept)
+        data = self.inner.read(i)
+        if len(data) == len(kept):
+            kept[:] = data
+            self._filled[i] = 1  # last, so that no other worker sees half a file
+        return decode(data)
+
+    def _allocate(self) -> None:
+        n, size = len(self.inner), int(self._ends[-1])
+        memory = mmap.mmap(-1, size + n)
+        self._data = np.frombuffer(memory, dtype=np.uint8, count=size)
+        self._filled = np.frombuffer(memory, dtype=np.uint8, count=n, offset=size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_data", "_filled")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Starts empty: memory is shared with forked workers only."""
+        self.__dict__.update(state)
+        self._allocate()
+
+
+def cached(source: Any, cache: Cache) -> Any:
+    """A source of files, with a cache where there shall be one.
+
+    Args:
+        source: images in files.
+        cache: "auto" keeps decoded images if they are small and 1 GiB holds all, as its first readable image says;
+            "ram" keeps small images decoded, of others the files, whatever memory that takes; "none" keeps nothing.
+
+    Raises:
+        UserError: "ram", and this machine's memory does not hold all images once for each of its ranks.
+    """
+    if cache == "none":
+        return source
+    shape = _first_shape(source)
+    small = shape is not None and math.prod(shape) <= MAX_IMAGE_BYTES
+    if cache == "ram" and not small:
+        return CachedFiles(source)
+    if shape is None or not small:
+        return source
+    wanted = math.prod(shape) * len(source)
+    if cache == "ram":
+        _check_memory(wanted)
+    return CachedSource(source, shape) if cache == "ram" or wanted <= MAX_BYTES else source
+
+
+def _first_shape(source: Any) -> tuple[int, ...] | None:
     for i in range(min(_PROBES, len(source))):
-        try:
-            image = source.load(i)
-        except BadImageError:
-            continue
-        small = image.numel() <= MAX_IMAGE_BYTES and image.numel() * len(source) <= MAX_BYTES
-        return CachedSource(source, tuple(image.shape)) if small else source
-    return source
+        with contextlib.suppress(BadImageError):
+            return tuple(source.load(i).shape)
+    return None
+
+
+def _size(source: Any, i: int) -> int:
+    try:
+        return int(source.file_bytes(i))
+    except OSError:  # told when the image is to be loaded
+        return 0
+
+
+def _check_memory(wanted: int) -> None:
+    ranks = dist.local_size()
+    free = _available_bytes()
+    if wanted * ranks > _USABLE * free:
+        raise UserError(
+            f"--cache ram: {ranks} ranks on this machine need {wanted * ranks / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB of memory are free; leave --cache away, or pack smaller images "
+            "(python -m clusterssl.data.pack SRC DST --short_side 256)"
+        )
+
+
+def _available_bytes() -> float:
+    """Memory that this process may still take up; infinite where the system does not say."""
+    available = float("inf")
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    with contextlib.suppress(OSError, ValueError):  # containers
+        group = Path("/sys/fs/cgroup")
+        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        available = min(available, most - used)
+    return available

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from clusterssl.data.boxes import empty_crops, resized_crop
+from clusterssl.data.boxes import buffer_bytes, crops_in, resized_crop
 from clusterssl.data.decode import BadImageError
 from clusterssl.data.multicrop import MultiCrop
 from clusterssl.data.smallcrops import is_small, small_crops
@@ -39,6 +39,36 @@ class Batch(NamedTuple):
     """int64 [B] dataset positions (also where a neighbour stands in for an unreadable image)"""
     bad: list[tuple[int, str]]
     """(dataset position, reason) of unreadable images met on the way"""
+
+
+class Shipped(NamedTuple):
+    """A batch on its way out of a worker: all crops in one piece of shared memory, as each piece costs a handshake."""
+
+    buffer: Tensor
+    rows: int
+    sizes: list[tuple[int, int]]
+    params: NDArray[np.float32]
+    positions: NDArray[np.int64]
+    bad: list[tuple[int, str]]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Shipped:
+        """A batch of `MultiCropDataset`, whose crops lie behind one another."""
+        buffer = torch.empty(0, dtype=torch.uint8).set_(batch.crops[0].untyped_storage())
+        sizes = [(view.shape[2], view.shape[3]) for view in batch.crops]
+        return cls(buffer, len(batch.index), sizes, batch.params.numpy(), batch.index.numpy(), batch.bad)
+
+    def batch(self) -> Batch:
+        """What was shipped."""
+        crops = crops_in(self.buffer, self.rows, self.sizes)
+        return Batch(crops, torch.from_numpy(self.params), torch.from_numpy(self.positions), self.bad)
+
+
+def _buffer(count: int) -> Tensor:
+    """Uninitialised bytes; those of a worker are shared with the main process, so that they need not be copied."""
+    if get_worker_info() is None:
+        return torch.empty(count, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(count, device="cpu"))
 
 
 def load_or_neighbour(source: Source, i: int) -> tuple[Tensor, list[tuple[int, str]]]:
@@ -77,7 +107,7 @@ class MultiCropDataset(Dataset[Batch]):
         """The batch of these images; every row depends on its own key only."""
         epoch, index = np.asarray(keys, dtype=np.int64).reshape(-1, 2).T
         u_BVS = self.multicrop.uniforms(self.seed, epoch, index)
-        crops = [empty_crops(len(index), size) for size in self.multicrop.sizes]
+        crops = crops_in(_buffer(buffer_bytes(len(index), self.multicrop.sizes)), len(index), self.multicrop.sizes)
         bad: list[tuple[int, str]] = []
         images: list[Tensor] = []
         waiting = 0

@@ -44,15 +44,19 @@ def decode_file(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         BadImageError: missing, empty, truncated, too large, or no image.
     """
+    return decode(read_file(path))
+
+
+def read_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """Bytes of an image file, uint8 [n]. Raises BadImageError: missing, or too large."""
     try:
         with Path(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_FILE_BYTES:
                 raise BadImageError(f"file of {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
-            data = np.fromfile(file, dtype=np.uint8)
+            return np.fromfile(file, dtype=np.uint8)
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror or error}") from error
-    return decode(data)
 
 
 def decode(data: NDArray[np.uint8]) -> Tensor:

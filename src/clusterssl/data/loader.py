@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from clusterssl.data.dataset import Batch, Key, MultiCropDataset
+from clusterssl import dist
+from clusterssl.data.dataset import Batch, Key, MultiCropDataset, Shipped
 from clusterssl.data.multicrop import MultiCrop
 from clusterssl.data.sampler import PositionSampler
-from clusterssl.data.source import Source
+from clusterssl.data.source import FileSource, Source
+from clusterssl.data.subset import ClassSubset
 from clusterssl.errors import DataGone, UserError
 
 
@@ -85,14 +87,19 @@ def same(item: Any) -> Any:
     return item
 
 
+def ship(item: Any) -> Any:
+    """Collation of a `Batch`, where there is one."""
+    return Shipped.of(item) if isinstance(item, Batch) else item
+
+
 def checked(batches: Any) -> Iterator[Any]:
-    """Passes batches on and raises what workers reported."""
+    """Passes batches on, unpacks those that were shipped, and raises what workers reported."""
     with signals_held():
         arriving = iter(batches)
     for batch in arriving:
         if isinstance(batch, Failure):
             raise (DataGone if isinstance(batch, FailureOutOfReach) else UserError)(str(batch))
-        yield batch
+        yield batch.batch() if isinstance(batch, Shipped) else batch
 
 
 def _at_least(least: int, **values: int) -> None:
@@ -158,7 +165,7 @@ class Loader:
         self._loader: DataLoader[Batch] = DataLoader(
             Guarded(MultiCropDataset(source, multicrop, seed)),
             batch_sampler=self.sampler,
-            collate_fn=same,
+            collate_fn=ship,
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=persistent and workers > 0,
@@ -175,6 +182,18 @@ class Loader:
     def global_batch(self) -> int:
         """Images of one optimizer step over all ranks."""
         return self.sampler.global_batch
+
+    def faster(self) -> str:
+        """Which flag would make loading faster, in one line."""
+        ranks = dist.local_size()
+        cores = os.cpu_count() or 1
+        if self.workers < cores // ranks:
+            return f"raise --workers, now {self.workers} for each of {ranks} ranks on {cores} cores"
+        inner = self.source.inner if isinstance(self.source, ClassSubset) else self.source
+        busy = f"the loaders have all {cores} cores already"
+        if isinstance(inner, FileSource):
+            return f"{busy}; pack smaller images: python -m clusterssl.data.pack SRC DST --short_side 256"
+        return f"{busy}; take fewer or smaller crops (--nmb_crops, --size_crops)"
 
     def another(self) -> Loader:
         """A loader of the same whole-dataset batches for one pass, to be used while this one is in an epoch."""

@@ -88,11 +88,14 @@ class PackedSource:
         return int(self._size[i])
 
     def load(self, i: int) -> Tensor:
-        """Decodes image i; see `decode_file` and `load_patiently`."""
-        return load_patiently(lambda: decode(self.read(i)), str(self.folder), self._patience_s)
+        """Decodes image i; see `decode` and `load_patiently`."""
+        return decode(self.read(i))
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """Bytes of the file of image i, uint8 [n]."""
+        return load_patiently(lambda: self._read(i), str(self.folder), self._patience_s)
+
+    def _read(self, i: int) -> NDArray[np.uint8]:
         data = np.empty(int(self._size[i]), dtype=np.uint8)
         shard = int(self._shard[i])
         try:

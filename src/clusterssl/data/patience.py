@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-from torch import Tensor
+from typing import TypeVar
 
 from clusterssl.data.decode import BadImageError
 from clusterssl.errors import DataGone
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PATIENCE_S = 600.0
 _LONGEST_PAUSE_S = 30.0
@@ -24,11 +25,11 @@ _OUT_OF_REACH = {
 """what network file systems answer while their server does not"""
 
 
-def load_patiently(load: Callable[[], Tensor], folder: str, patience_s: float) -> Tensor:
+def load_patiently(load: Callable[[], T], folder: str, patience_s: float) -> T:
     """What `load` returns; while its file system is out of reach it is tried again, at longer and longer intervals.
 
     Args:
-        load: reads one image.
+        load: reads one image or file.
         folder: that is there when the images are; empty where there is no such folder.
         patience_s: seconds to go on trying.
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clusterssl.data.builtin import digits, synthetic
-from clusterssl.data.cache import cached_if_small
-from clusterssl.data.decode import decode_file
+from clusterssl.data.cache import Cache, cached
+from clusterssl.data.decode import decode, read_file
 from clusterssl.data.listing import Listing, list_file, list_folder
 from clusterssl.data.packed import PackedSource, is_packed
 from clusterssl.data.patience import PATIENCE_S, load_patiently
@@ -72,14 +72,19 @@ class FileSource:
         return os.path.getsize(self.name(i))  # noqa: PTH202
 
     def load(self, i: int) -> Tensor:
-        """Decodes image i; see `decode_file` and `load_patiently`."""
+        """Decodes image i; see `decode` and `load_patiently`."""
+        return decode(self.read(i))
+
+    def read(self, i: int) -> NDArray[np.uint8]:
+        """Bytes of the file of image i, uint8 [n]."""
         path = self.name(i)
-        return load_patiently(lambda: decode_file(path), self._names.root, self._patience_s)
+        return load_patiently(lambda: read_file(path), self._names.root, self._patience_s)
 
 
 def open_source(
-    data_path: str, *, split: str = "", limit: int = -1, subset_file: str = "", patience_s: float = PATIENCE_S
-) -> Source:
+    data_path: str, *, split: str = "", limit: int = -1, subset_file: str = "", patience_s: float = PATIENCE_S,
+    cache: Cache = "auto",
+) -> Source:  # fmt: skip
     """Opens the images named by `data_path`.
 
     Args:
@@ -92,15 +97,16 @@ def open_source(
         limit: keep the first `limit` images; negative: all.
         subset_file: text file that names the classes to keep (of those images), see `class_subset`; empty: all.
         patience_s: seconds to wait for files whose file system is out of reach.
+        cache: what of the files is kept in memory, see `cached`.
 
     Raises:
-        UserError: nothing there, no images in it, no such split, or no such classes.
+        UserError: nothing there, no images in it, no such split, no such classes, or too little memory for the cache.
     """
-    source = _all_classes(data_path, split, limit, patience_s)
+    source = _all_classes(data_path, split, limit, patience_s, cache)
     return class_subset(source, subset_file) if subset_file else source
 
 
-def _all_classes(data_path: str, split: str, limit: int, patience_s: float) -> Source:
+def _all_classes(data_path: str, split: str, limit: int, patience_s: float, cache: Cache) -> Source:
     kind = str(data_path).split(":")[0]
     if not str(data_path):
         raise UserError("no data: give a folder, a list file, digits or synthetic as data_path")
@@ -120,11 +126,11 @@ def _all_classes(data_path: str, split: str, limit: int, patience_s: float) -> S
     else:
         path = _split_folder(path, split)
         if is_packed(path):
-            return cached_if_small(PackedSource(path, limit, patience_s))
+            return cached(PackedSource(path, limit, patience_s), cache)
         listing = list_folder(path)
     if limit > 0:
         listing = listing.first(limit)
-    return cached_if_small(FileSource(listing, patience_s))
+    return cached(FileSource(listing, patience_s), cache)
 
 
 def fingerprint(source: Source) -> str:

@@ -7,7 +7,8 @@
 The published formula, written anew from its description, keeps Q = exp(scores / epsilon) and divides it in place by its
 total, then three times by the sums of the prototypes, their number, the sums of the images, and the number of these.
 The log domain alternates logsumexp over both. The systems take turns on fresh copies of the scores, medians count.
-"ours" takes the memory of the scores, as training does; "ours, kept" leaves them. Before anything is timed every result
+There are two crops of each image, as in SwAV; ours assigns both at once, the others one after the other. "ours" takes
+the memory of the scores, as training does; "ours, kept" leaves them. Before anything is timed every result
 is compared with the formula in float64. Memory that was freed is kept for the next call, as in training.
 """
 
@@ -42,8 +43,10 @@ class Options:
     """Comparison."""
 
     batches: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
-    """rows over all ranks"""
+    """images over all ranks"""
     ranks: tuple[int, ...] = (1, 2, 4)
+    crops: int = 2
+    """problems of so many rows"""
     prototypes: int = 3000
     epsilon: float = 0.05
     iterations: int = 3
@@ -77,46 +80,55 @@ def log_domain(scores_BK: Tensor, epsilon: float, iterations: int) -> Tensor:
     return log_q_BK.exp_()
 
 
-def ours(scores_BK: Tensor, epsilon: float, iterations: int, overwrite: bool = True) -> Tensor:
+def ours(scores_ABK: Tensor, epsilon: float, iterations: int, overwrite: bool = True) -> Tensor:
     """Assignments by `clusterssl.cluster.sinkhorn`."""
-    return sinkhorn(scores_BK, epsilon, iterations, bound=1.0, overwrite=overwrite)
+    return sinkhorn(scores_ABK, epsilon, iterations, bound=1.0, overwrite=overwrite)
 
 
-def systems() -> dict[str, System]:
+def one_by_one(system: System) -> Callable[[Tensor, float, int], list[Tensor]]:
+    """Assignments of several crops by a system that knows one."""
+    return lambda scores_ABK, epsilon, iterations: [system(x, epsilon, iterations) for x in scores_ABK]
+
+
+def systems() -> dict[str, Callable[[Tensor, float, int], Any]]:
     """What is compared; lightly where it is installed."""
-    found: dict[str, System] = {"ours": ours, "ours, kept": partial(ours, overwrite=False), "published": published}
+    found: dict[str, Callable[[Tensor, float, int], Any]] = {
+        "ours": ours, "ours, kept": partial(ours, overwrite=False), "published": one_by_one(published),
+    }  # fmt: skip
     if dist.size() == 1:
-        found["log domain"] = log_domain
+        found["log domain"] = one_by_one(log_domain)
     try:
         from lightly.loss.swav_loss import sinkhorn as of_lightly
     except ImportError:
         return found
-    return {**found, "lightly": lambda s, e, n: of_lightly(s, n, e, gather_distributed=dist.size() > 1)}
+    return {**found, "lightly": one_by_one(lambda s, e, n: of_lightly(s, n, e, gather_distributed=dist.size() > 1))}
 
 
 def scores(rows: int, options: Options) -> Tensor:
-    """This rank's cosines of random embeddings with random prototypes, 128 dimensions."""
+    """This rank's cosines of random embeddings with random prototypes, 128 dimensions, [A, B, K]."""
     generator = torch.Generator().manual_seed(rows)
-    z_BD, c_KD = (F.normalize(torch.randn(n, 128, generator=generator), dim=1) for n in (rows, options.prototypes))
+    shapes = ((options.crops, rows, 128), (options.prototypes, 128))
+    z_ABD, c_KD = (F.normalize(torch.randn(shape, generator=generator), dim=-1) for shape in shapes)
     first, end = dist.share(rows)
-    return (z_BD[first:end] @ c_KD.T).to(options.device)
+    return (z_ABD[:, first:end] @ c_KD.T).to(options.device)
 
 
 def measure(options: Options, rows: int) -> dict[str, dict[str, float]]:
     """Seconds of each system on this rank's share of `rows`."""
     torch.set_num_threads(1 if dist.size() > 1 else options.threads)
     given = scores(rows, options)
-    expected = published(given.double(), options.epsilon, options.iterations)
+    expected = one_by_one(published)(given.double(), options.epsilon, options.iterations)
     calls = {}
     for name, system in systems().items():
-        error = float((system(given.clone(), options.epsilon, options.iterations) - expected).abs().max())
+        assigned = system(given.clone(), options.epsilon, options.iterations)
+        error = max(float((q - wanted).abs().max()) for q, wanted in zip(assigned, expected, strict=True))
         cfg.require(error < 1e-5, f"{name} differs from the formula by {error:.2g}: nothing to time")
         calls[name] = partial(_run, system, options)
     return {name: one._asdict() for name, one in in_turns(calls, options.repeats, 2, given.clone).items()}
 
 
-def _run(system: System, options: Options, scores_BK: Tensor) -> Tensor:
-    return system(scores_BK, options.epsilon, options.iterations)
+def _run(system: Callable[[Tensor, float, int], Any], options: Options, scores_ABK: Tensor) -> Any:
+    return system(scores_ABK, options.epsilon, options.iterations)
 
 
 def show(measured: dict[str, Any]) -> str:
@@ -130,7 +142,7 @@ def main() -> None:
     options = cfg.parse(Options, description=__doc__)
     keep_freed_memory()
     rows: list[dict[str, Any]] = []
-    print(f"K = {options.prototypes}; milliseconds (speed over the published form's)\n")
+    print(f"{options.crops} crops, K = {options.prototypes}; milliseconds (speed over the published form's)\n")
     for world_size in options.ranks:
         for batch in options.batches:
             found = on_ranks(measure, world_size, options, batch)

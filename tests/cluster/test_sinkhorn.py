@@ -67,8 +67,17 @@ def test_equals_the_float64_log_domain_reference(epsilon: float, shape: tuple[in
 
 def test_both_paths_agree_where_both_are_valid() -> None:
     scores = cosines(50, 20).double()
-    scaled = module._by_scaling(scores, 1.0, 0.05, 5, torch.empty_like(scores))
-    torch.testing.assert_close(scaled, module._in_log_domain(scores, 0.05, 5))
+    scaled = module._by_scaling(scores[None], 1.0, 0.05, 5, torch.empty_like(scores[None]))
+    torch.testing.assert_close(scaled[0], module._in_log_domain(scores, 0.05, 5))
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.004])
+@pytest.mark.parametrize("bound", [None, 1.0])
+def test_several_problems_at_once_equal_each_alone(epsilon: float, bound: float | None) -> None:
+    problems = [cosines(60, 20, seed=seed) for seed in range(3)]
+    together = sinkhorn(torch.stack(problems), epsilon, 3, bound=bound)
+    for q, scores in zip(together, problems, strict=True):
+        torch.testing.assert_close(q, sinkhorn(scores, epsilon, 3, bound=bound), rtol=0, atol=1e-6)
 
 
 def test_scores_are_kept_unless_they_may_be_overwritten() -> None:
@@ -89,6 +98,11 @@ def test_blocks_of_rows_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "_CACHED_ELEMENTS", rows * 20)
     assert module._rows_at_a_time(scores) == rows
     np.testing.assert_allclose(sinkhorn(scores, 0.05, 4).numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_a_device_that_counts_launches_gets_one_block() -> None:
+    assert module._rows_at_a_time(torch.empty(100_000, 3000, device="meta")) == 100_000
+    assert module._rows_at_a_time(torch.empty(100_000, 3000)) < 1000
 
 
 def test_a_common_offset_of_all_scores_changes_nothing() -> None:
@@ -144,7 +158,7 @@ def test_many_ranks_equal_one(world_size: int, epsilon: float, bound: float | No
     torch.testing.assert_close(torch.cat(parts), sinkhorn(cosines(48, 10), epsilon, 3), rtol=0, atol=1e-6)
 
 
-def count_collectives(rank: int, world_size: int, iterations: int) -> list[tuple[int, ...]]:
+def count_collectives(rank: int, world_size: int, iterations: int, problems: int) -> list[tuple[int, ...]]:
     import torch.distributed as torch_dist
 
     sizes: list[tuple[int, ...]] = []
@@ -156,11 +170,16 @@ def count_collectives(rank: int, world_size: int, iterations: int) -> list[tuple
 
     torch_dist.all_reduce = spy
     try:
-        sinkhorn(cosines(48, 10).chunk(world_size)[rank], 0.05, iterations, bound=1.0)
+        mine = cosines(48, 10).chunk(world_size)[rank]
+        sinkhorn(mine if problems == 1 else torch.stack([mine] * problems), 0.05, iterations, bound=1.0)
     finally:
         torch_dist.all_reduce = original
     return sizes
 
 
 def test_an_iteration_costs_one_all_reduce_of_a_k_vector() -> None:
-    assert run_ranks(count_collectives, 2, 4) == [[(10,)] * 4] * 2
+    assert run_ranks(count_collectives, 2, 4, 1) == [[(10,)] * 4] * 2
+
+
+def test_several_problems_share_it() -> None:
+    assert run_ranks(count_collectives, 2, 4, 3) == [[(30,)] * 4] * 2

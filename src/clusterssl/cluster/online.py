@@ -97,21 +97,23 @@ class OnlineAssigner:
 
         The current batch is never in the queue it is assigned with.
         """
-        q_ABK = torch.stack([self._assign(slot, z_BD, prototypes_KD) for slot, z_BD in enumerate(z_ABD)])
+        rows_AND = torch.stack([self._with_queue(slot, z_BD) for slot, z_BD in enumerate(z_ABD)])
+        with torch.autocast(z_ABD.device.type, enabled=False):
+            scores_ANK = rows_AND @ prototypes_KD.T
+            q_ANK = sinkhorn(
+                scores_ANK, self.options.epsilon, self.options.sinkhorn_iterations, bound=1.0, overwrite=True
+            )
+        q_ABK = q_ANK[:, -z_ABD.shape[1] :].contiguous()
         return F.one_hot(q_ABK.argmax(-1), q_ABK.shape[-1]).to(q_ABK.dtype) if self.options.hard_assignment else q_ABK
 
-    def _assign(self, slot: int, z_BD: Tensor, prototypes_KD: Tensor) -> Tensor:
+    def _with_queue(self, slot: int, z_BD: Tensor) -> Tensor:
+        """Rows to assign for one crop [N, D], the batch last; it then enters the queue."""
         rows_ND = z_BD
         if self.queue is not None:
             if self.queue.is_full(slot):
                 rows_ND = torch.cat([self.queue.rows(slot).to(z_BD.dtype), z_BD])
             self.queue.push(slot, z_BD)
-        with torch.autocast(z_BD.device.type, enabled=False):
-            scores_NK = rows_ND @ prototypes_KD.T
-            q_NK = sinkhorn(
-                scores_NK, self.options.epsilon, self.options.sinkhorn_iterations, bound=1.0, overwrite=True
-            )
-        return q_NK[-z_BD.shape[0] :]
+        return rows_ND
 
     def _new_queue(self, prototypes_KD: Tensor) -> FeatureQueue:
         length, dim = self._length // dist.size(), prototypes_KD.shape[1]

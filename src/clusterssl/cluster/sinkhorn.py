@@ -5,7 +5,7 @@ with P = exp((scores - shift) / epsilon) computed once, so that an iteration is 
 all-reduce of a K-vector, and no N x K matrix is rewritten. On a CPU both products are taken block of rows by block of
 rows, while the block is in the cache; exponentials are powers of two, which cost a third of those of e there.
 
-Shape suffixes: N images of this rank, n images of a block, K prototypes.
+Shape suffixes: A problems at once, N images of this rank, n images of a block, K prototypes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CACHED_ELEMENTS = 2**19
 
 @torch.no_grad()
 def sinkhorn(
-    scores_NK: Tensor, epsilon: float, iterations: int, *, bound: float | None = None, overwrite: bool = False
+    scores: Tensor, epsilon: float, iterations: int, *, bound: float | None = None, overwrite: bool = False
 ) -> Tensor:
     """Assign the rows of all ranks to prototypes with equal total weight per prototype.
 
@@ -33,8 +33,9 @@ def sinkhorn(
     1e-6 wherever that one neither overflows nor divides by zero, and is finite for every finite input.
 
     Args:
-        scores_NK: float [N, K], similarities of this rank's images (queue rows included) to the prototypes. Ranks hold
-            equal numbers of rows or not; half-precision scores are computed in float32.
+        scores: float [N, K], similarities of this rank's images (queue rows included) to the prototypes; or [A, N, K],
+            A problems of their own, such as the crops of the same images, whose sums travel together. Ranks hold equal
+            numbers of rows or not; half-precision scores are computed in float32.
         epsilon: smoothness of the assignment; smaller is sharper.
         iterations: alternations of prototype and image normalisation (SwAV: 3); at least 1.
         bound: the caller's word that all |scores| <= bound (1 for cosines). Without it the range is looked up, which
@@ -42,50 +43,57 @@ def sinkhorn(
         overwrite: the memory of the scores may be taken for the result, which halves what is needed and touched.
 
     Returns:
-        float32 (float64 for float64 scores) [N, K]; every row sums to 1.
+        float32 (float64 for float64 scores), of the scores' shape; every row sums to 1.
     """
-    if scores_NK.dtype not in _SCALING_LIMIT:
-        scores_NK, overwrite = scores_NK.float(), True
-    with torch.autocast(scores_NK.device.type, enabled=False):
-        low, high = (-bound, bound) if bound is not None else _range(scores_NK)
-        if (high - low) / epsilon <= _SCALING_LIMIT[scores_NK.dtype]:
-            plan_NK = scores_NK if overwrite else torch.empty_like(scores_NK)
-            return _by_scaling(scores_NK, (low + high) / 2, epsilon, iterations, plan_NK)
-        return _in_log_domain(scores_NK, epsilon, iterations)
+    if scores.dtype not in _SCALING_LIMIT:
+        scores, overwrite = scores.float(), True
+    scores_ANK = scores if scores.ndim == 3 else scores[None]
+    with torch.autocast(scores.device.type, enabled=False):
+        low, high = (-bound, bound) if bound is not None else _range(scores)
+        if (high - low) / epsilon <= _SCALING_LIMIT[scores.dtype]:
+            plan_ANK = scores_ANK if overwrite else torch.empty_like(scores_ANK)
+            return _by_scaling(scores_ANK, (low + high) / 2, epsilon, iterations, plan_ANK).view_as(scores)
+        plans = [_in_log_domain(scores_NK, epsilon, iterations) for scores_NK in scores_ANK]
+        return torch.stack(plans).view_as(scores)
 
 
-def _range(scores_NK: Tensor) -> tuple[float, float]:
-    if scores_NK.numel() == 0:
-        ends = scores_NK.new_full((2,), -torch.inf)
-    else:
-        ends = torch.stack([-scores_NK.amin(), scores_NK.amax()])
+def _range(scores: Tensor) -> tuple[float, float]:
+    ends = scores.new_full((2,), -torch.inf) if scores.numel() == 0 else torch.stack([-scores.amin(), scores.amax()])
     negative_low, high = dist.all_reduce_(ends, "max").tolist()
     return -negative_low, high
 
 
-def _by_scaling(scores_NK: Tensor, shift: float, epsilon: float, iterations: int, plan_NK: Tensor) -> Tensor:
-    """Writes the plan to `plan_NK`, which may be the scores themselves; a shift in the middle of them rounds least."""
-    tiny = torch.finfo(plan_NK.dtype).tiny
+def _by_scaling(scores_ANK: Tensor, shift: float, epsilon: float, iterations: int, plan_ANK: Tensor) -> Tensor:
+    """Writes the plans to `plan_ANK`, which may be the scores themselves; a shift to their middle rounds least."""
     scale = math.log2(math.e) / epsilon
-    rows = _rows_at_a_time(plan_NK)
-    blocks_nK = plan_NK.split(rows)
-    column_K = plan_NK.new_zeros(plan_NK.shape[1])
-    for scores_nK, block_nK in zip(scores_NK.split(rows), blocks_nK, strict=True):
+    rows = _rows_at_a_time(plan_ANK[0])
+    blocks = [(a, block_nK) for a, plan_NK in enumerate(plan_ANK) for block_nK in plan_NK.split(rows)]
+    given = [scores_nK for scores_NK in scores_ANK for scores_nK in scores_NK.split(rows)]
+    column_AK = plan_ANK.new_zeros(plan_ANK.shape[0], plan_ANK.shape[2])
+    for scores_nK, (a, block_nK) in zip(given, blocks, strict=True):
         if shift:
             scores_nK = torch.sub(scores_nK, shift, out=block_nK)
         torch.mul(scores_nK, scale, out=block_nK).exp2_()
-        column_K += block_nK.new_ones(len(block_nK)) @ block_nK
-    u_K = dist.all_reduce_(column_K).clamp_(min=tiny).reciprocal_()
+        column_AK[a] += block_nK.new_ones(len(block_nK)) @ block_nK
+    u_AK = _inverse(_summed(column_AK))
     for _ in range(iterations - 1):
-        column_K = torch.zeros_like(column_K)
-        for block_nK in blocks_nK:
-            v_n = (block_nK @ u_K).clamp_(min=tiny).reciprocal_()
-            column_K += v_n @ block_nK
-        u_K = dist.all_reduce_(column_K).clamp_(min=tiny).reciprocal_()
-    for block_nK in blocks_nK:
-        v_n = (block_nK @ u_K).clamp_(min=tiny).reciprocal_()
-        block_nK.mul_(u_K).mul_(v_n[:, None])
-    return plan_NK
+        column_AK = torch.zeros_like(column_AK)
+        for a, block_nK in blocks:
+            column_AK[a] += _inverse(block_nK @ u_AK[a]) @ block_nK
+        u_AK = _inverse(_summed(column_AK))
+    for a, block_nK in blocks:
+        v_n = _inverse(block_nK @ u_AK[a])
+        block_nK.mul_(u_AK[a]).mul_(v_n[:, None])
+    return plan_ANK
+
+
+def _summed(column_AK: Tensor) -> Tensor:
+    """Sums over all ranks, those of all problems in one message."""
+    return dist.all_reduce_(column_AK.view(-1)).view_as(column_AK)
+
+
+def _inverse(x: Tensor) -> Tensor:
+    return x.clamp_(min=torch.finfo(x.dtype).tiny).reciprocal_()
 
 
 def _rows_at_a_time(x_NK: Tensor) -> int:

@@ -6,12 +6,13 @@ any other number of clusters by k-means of the features, which any network has. 
     python assign.py --pretrained runs/mine --images photos --out labels
     python assign.py --pretrained runs/mine --images photos --out labels --k 20 --links
     python assign.py --pretrained moco_v2_800ep.pth.tar --images photos --out labels --near cat.jpg dog.jpg
+    python assign.py --pretrained runs/sela --labels --out pseudo.csv    # what the run's own images were labelled
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
@@ -42,8 +43,7 @@ def main() -> None:
     config = cfg.parse(Config, description=__doc__)
     world = config.launch.join()
     log_to_screen(world)
-    network = replace(config.network, pretrained=inputs.checkpoint_of(config.network.pretrained))
-    asked = Options(network, config.folder, config.reading, config.neighbours, config.page, config.seed)
+    asked = Options(config.network, config.folder, config.reading, config.neighbours, config.page, config.seed)
     label_folder(asked, world)
     dist.leave()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from clusterssl.labelling import near, neighbourhood, pages, tables
 from clusterssl.labelling.clusters import Labels
 from clusterssl.labelling.neighbourhood import Duplicates, NeighbourOptions, Outliers
 from clusterssl.labelling.pages import PageOptions
+from clusterssl.labelling.pseudo import export_labels
 from clusterssl.labelling.reading import Reader, ReadingOptions, open_reader
 from clusterssl.labelling.scan import Scan, facts_of
 
@@ -39,6 +40,8 @@ class FolderOptions:
     """folder of the results; where it holds an unfinished labelling of the same images, that one goes on"""
     k: int = 0
     """number of clusters, by k-means of the features; 0: the network's own clusters"""
+    labels: bool = False
+    """instead: write the labels that the run --pretrained gave its own training images to the CSV file --out"""
     links: bool = False
     """also make a folder of links to its images for every cluster"""
     workers: int = 10
@@ -68,6 +71,9 @@ def label_folder(options: Options, world: World) -> None:
         UserError: bad flags, images, checkpoint or result folder, in one line.
     """
     folder = options.folder
+    if folder.labels:
+        _export(options)
+        return
     require(dist.size() == 1, "assign.py works in one process; start it without torchrun or srun -n")
     require(bool(options.network.pretrained), "--pretrained: name the checkpoint, or the directory of the run")
     require(bool(folder.images), "--images: name the folder of images to label")
@@ -75,7 +81,8 @@ def label_folder(options: Options, world: World) -> None:
     source, out = open_source(folder.images), Path(folder.out)
     asked = near.pictures(options.neighbours.near)
     _check_out(out, folder.images)
-    reader, network = open_reader(options.network, options.reading, device=world.device, seed=options.seed)
+    flags = replace(options.network, pretrained=inputs.checkpoint_of(options.network.pretrained))
+    reader, network = open_reader(flags, options.reading, device=world.device, seed=options.seed)
     k = _number(folder.k, reader, len(source))
     scan = Scan(out / "features", facts_of(reader, source, network, options.reading))
     workers = inputs.DataOptions(data_path=folder.images, workers=folder.workers).usable_workers
@@ -85,6 +92,14 @@ def label_folder(options: Options, world: World) -> None:
     write_results(options, out, scan, labels, source, world.device)
     if asked is not None:
         near.write_near(out, scan, source, asked, near.read(reader, asked, network), options.neighbours.near_count)
+
+
+def _export(options: Options) -> None:
+    require(bool(options.network.pretrained), "--pretrained: name the directory of the run whose labels are wanted")
+    require(bool(options.folder.out), "--out: name the CSV file")
+    require(not options.folder.images, "--labels: are those of the run's own images; leave --images away")
+    images, heads = export_labels(Path(options.network.pretrained), Path(options.folder.out))
+    logger.info("written: %s, labels of %d images by %d heads", options.folder.out, images, heads)
 
 
 def _check_out(out: Path, images: str) -> None:

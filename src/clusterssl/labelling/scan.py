@@ -35,23 +35,30 @@ T = TypeVar("T")
 
 _SECONDS_BETWEEN_MARKS = 5.0
 _SECONDS_BETWEEN_LINES = 10.0
+_ROWS_PER_COPY = 4096
 NAMES = ("features", "clusters", "grey")
 """of the files, in the order of `Said`"""
 
 
 class Rows:
-    """Rows in an .npy file, copied into memory as they are asked for; the file is mapped only meanwhile."""
+    """Rows in an .npy file, copied into memory as they are asked for; never more of the file is mapped than a piece."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.shape: tuple[int, ...] = np.load(path, mmap_mode="r").shape
+        mapped = np.load(path, mmap_mode="r")
+        self.shape: tuple[int, ...] = mapped.shape
+        self._dtype = mapped.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, which: slice | NDArray[np.int64]) -> Tensor:
-        """Rows of a slice or at some positions."""
-        return torch.from_numpy(np.array(np.load(self.path, mmap_mode="r")[which]))
+    def __getitem__(self, which: NDArray[np.int64]) -> Tensor:
+        """Rows at some positions."""
+        rows = np.empty((len(which), *self.shape[1:]), self._dtype)
+        for start in range(0, len(which), _ROWS_PER_COPY):
+            part = slice(start, start + _ROWS_PER_COPY)
+            rows[part] = np.load(self.path, mmap_mode="r")[which[part]]
+        return torch.from_numpy(rows)
 
 
 class Scan:

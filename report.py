@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from clusterssl.config import entry
 from clusterssl.errors import UserError
-from clusterssl.report import write_report
+from clusterssl.report import read_run, write_report
+from clusterssl.report.state import state
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +35,8 @@ def main() -> None:
     given = parser.parse_args()
     out = given.out or given.runs[0] / "report.html"
     write_report(given.runs, out, title=given.title)
+    for run in map(read_run, given.runs):
+        print(state(run, time.time()))
     print(out)
 
 

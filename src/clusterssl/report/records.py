@@ -10,6 +10,8 @@ from typing import Any
 
 from clusterssl.errors import UserError
 
+_SHOWN = 4
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -57,7 +59,7 @@ def read_run(path: Path) -> RunRecord:
         raise UserError(f"{path}: no such run directory; give a folder that a training wrote (--dump_path)")
     metrics, about = path / "metrics.jsonl", read_json(path / "run.json")
     if not about and not metrics.exists():
-        raise UserError(f"{path}: holds neither run.json nor metrics.jsonl, so no run was written here; check the path")
+        raise UserError(f"{path}: {_no_run(path)}; check the path")
     records = read_lines(metrics)
     ended = {record["epoch_end"]: record for record in records if is_number(record.get("epoch_end"))}
     steps = {
@@ -74,6 +76,15 @@ def read_run(path: Path) -> RunRecord:
         evaluations=[record for record in [*_evaluations(path), *records] if "eval" in record],
         launches=read_lines(path / "launches.jsonl"),
     )
+
+
+def _no_run(folder: Path) -> str:
+    """What a directory without a run holds, in words."""
+    inside = sorted(entry.name for entry in folder.iterdir())
+    if not inside:
+        return "is empty, no run was written here"
+    names = ", ".join(inside[:_SHOWN]) + (" ..." if len(inside) > _SHOWN else "")
+    return f"holds neither run.json nor metrics.jsonl but {names}, so no run of ours was written here"
 
 
 def _evaluations(path: Path) -> list[dict[str, Any]]:

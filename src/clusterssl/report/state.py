@@ -1,0 +1,30 @@
+"""What a run directory is, in one line."""
+
+from __future__ import annotations
+
+from clusterssl.report.records import RunRecord
+from clusterssl.report.verdict import verdict
+
+
+def state(run: RunRecord, now: float) -> str:
+    """Whether a run is finished, stopped or has only begun, and whether it learned.
+
+    Args:
+        run: as read from its directory.
+        now: seconds since 1970.
+    """
+    config, facts = run.about.get("config") or {}, run.about.get("facts") or {}
+    if not run.steps:
+        return f"{run.name}: begun, no step is logged yet"
+    step, per_epoch = int(run.steps[-1]["step"]), facts.get("steps_per_epoch")
+    total = int(per_epoch * config["epochs"]) if per_epoch and "epochs" in config else 0
+    if total and step >= total:
+        how = f"finished after {step} steps"
+    else:
+        minutes = max(now - float(run.steps[-1].get("time", now)), 0) / 60
+        of = f" of {total}" if total else ""
+        how = (
+            f"at step {step}{of}, last sign {minutes:.0f} min ago: it runs, or was stopped and the same command goes on"
+        )
+    bad = [remark.text.split(": ")[0].rstrip(".") for remark in verdict(run) if remark.kind == "bad"]
+    return f"{run.name}: {how}" + (f"; COLLAPSED or not learning: {'; '.join(bad)}" if bad else "")

@@ -48,7 +48,7 @@ class LayerFeatures(nn.Module):
         self.backbone, self.layers, self.pooling = backbone, tuple(layers), pooling
         self._caught: dict[str, Tensor] = {}
         for layer in self.layers:
-            module, before = _place(backbone, layer)
+            module, before = place(backbone, layer)
             if before:
                 module.register_forward_pre_hook(lambda _, inputs, name=layer: self._catch(name, inputs[0]))
             else:
@@ -88,8 +88,12 @@ class LayerFeatures(nn.Module):
         return adaptive(map_BChw, size)
 
 
-def _place(backbone: nn.Module, layer: str) -> tuple[nn.Module, bool]:
-    """The submodule whose output is the layer; or whose input is, then True."""
+def place(backbone: nn.Module, layer: str) -> tuple[nn.Module, bool]:
+    """The submodule whose output is the layer; or whose input is, then True.
+
+    Raises:
+        UserError: no such layer.
+    """
     number = int(found[1]) if (found := re.fullmatch(r"(?:conv|layer)([1-9]\d*)", layer)) else 0
     if isinstance(backbone, ConvNet4) and layer in ("conv1", "conv2", "conv3", "conv4"):
         return (backbone.bn4, False) if number == 4 else (backbone.get_submodule(f"conv{number + 1}"), True)

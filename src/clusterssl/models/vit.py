@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_PATCH = 16
+PATCH = 16
+"""pixels a side"""
 _SIDE = 14  # patches a side of the position embedding: images of 224 pixels
 
 
@@ -62,7 +63,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, _PATCH, stride=_PATCH)
+        self.proj = nn.Conv2d(3, dim, PATCH, stride=PATCH)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Images B x 3 x H x W to tokens B x (H/16 W/16) x D."""
@@ -94,7 +95,7 @@ class ViT(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Features B x D of images B x 3 x H x W."""
-        high, wide = (side // _PATCH for side in x_BCHW.shape[-2:])
+        high, wide = (side // PATCH for side in x_BCHW.shape[-2:])
         x_BTD = self.patch_embed(x_BCHW)
         x_BTD = torch.cat([self.cls_token.expand(len(x_BTD), -1, -1), x_BTD], dim=1)
         x_BTD = x_BTD + self.positions(high, wide)

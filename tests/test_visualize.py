@@ -59,7 +59,9 @@ def test_first_filters_of_the_file_are_those_of_the_network(tmp_path: Path) -> N
 
 def test_networks_of_others(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    found = run(tmp_path / "out", "--arch", "vgg11_bn", "--image_size", 32, "--images", "digits", "--filters", 2)
+    found = run(
+        tmp_path / "out", "--arch", "mobilenet_v3_small", "--image_size", 32, "--images", "digits", "--filters", 2
+    )
     assert "first-filters.png" in found and "images-clusters.png" not in found and len(found) == 4
 
 

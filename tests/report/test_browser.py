@@ -29,6 +29,19 @@ def browse(page: Path, *words: str) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+def asked(page: Path, expression: str) -> str:
+    """A JavaScript expression once a copy of the page has loaded."""
+    copy = page.with_name("asked.html")
+    script = f"<script>addEventListener('load', () => document.title = 'says ' + ({expression}))</script></body>"
+    copy.write_text(page.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
+    title = re.search(r"<title>says (.*?)</title>", browse(copy, "--dump-dom")[0])
+    assert title
+    return title[1].strip()
+
+
+LOADS = "performance.getEntriesByType('resource').map((x) => x.name).filter((x) => !x.startsWith('data:')).join(' ')"
+
+
 def gallery() -> Gallery:
     images = [np.full((8, 8, 3), value, np.uint8) for value in (0, 120, 250)]
     pictures = [strip(images, photo=photo) for photo in (False, True)]
@@ -40,6 +53,7 @@ def test_a_report_renders(tmp_path: Path) -> None:
     write_report([write_run(tmp_path / name) for name in ("a", "b")], out, galleries=[gallery()])
     found, complaints = browse(out, "--dump-dom")
     assert not complaints
+    assert asked(out, LOADS) == ""
     assert found.count("<svg") == 10 and found.count("<img") == 2 and "ln K = " in found
     _, complaints = browse(out, "--window-size=900,1400", f"--screenshot={tmp_path / 'page.png'}")
     assert not complaints
@@ -54,18 +68,17 @@ def test_pictures_and_folded_tables_render(tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     rows = tuple((str(i), "x") for i in range(30))
     write_page(out, title="T", tables=[Table("Long", ("a", "b"), rows)], galleries=[gallery()])
-    text = out.read_text(encoding="utf-8")
-    count = "<script>addEventListener('load', () => document.title = 'sizes ' + [...document.images].map("
-    out.write_text(text.replace("</body>", count + "(x) => x.naturalWidth).join(' '))</script></body>"))
     found, complaints = browse(out, "--dump-dom")
     assert not complaints
-    assert re.search(r"<title>sizes 100 100</title>", found)
+    assert asked(out, "[...document.images].map((x) => x.naturalWidth).join(' ')") == "100 100"
     assert "<summary>Long: 30 rows</summary>" in found
 
 
 def test_the_browser_would_complain(tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
-    page.write_text(
-        "<html><body><script>undefinedFunction()</script><img src='https://example.org/x.png'></body></html>"
-    )
+    page.write_text("<html><head><title>x</title></head><body><script>undefinedFunction()</script></body></html>")
     assert browse(page, "--dump-dom")[1]
+    page.write_text(
+        page.read_text().replace("<script>undefinedFunction()</script>", "<img src='https://a.test/x.png'>")
+    )
+    assert asked(page, LOADS) == "https://a.test/x.png"

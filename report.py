@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from clusterssl.config import entry
 from clusterssl.errors import UserError
+from clusterssl.labelling.sample import run_galleries
 from clusterssl.report import read_run, write_report
 from clusterssl.report.state import state
 
@@ -32,9 +33,11 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (--dump_path of a training)")
     parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first run directory)")
     parser.add_argument("--title", default="", help="heading of the page (default: the names of the runs)")
+    parser.add_argument("--no-gallery", action="store_true", help="leave out what needs the checkpoint and the images")
     given = parser.parse_args()
     out = given.out or given.runs[0] / "report.html"
-    write_report(given.runs, out, title=given.title)
+    galleries = [] if given.no_gallery or len(given.runs) > 1 else run_galleries(given.runs[0])
+    write_report(given.runs, out, title=given.title, galleries=galleries)
     for run in map(read_run, given.runs):
         print(state(run, time.time()))
     print(out)

@@ -1,0 +1,141 @@
+"""A run's clusters on its own images, for its report: galleries, and maps of the features made of thumbnails.
+
+Legend of suffixes: N images of the sample, F features.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from clusterssl.data import Source, eval_batches, open_source, resize_for
+from clusterssl.errors import UserError
+from clusterssl.evals import inputs
+from clusterssl.labelling.clusters import Labels
+from clusterssl.labelling.pages import Clusters, square, thumbnails
+from clusterssl.labelling.reading import ReadingOptions, open_reader
+from clusterssl.report import Gallery
+from clusterssl.report.records import read_json
+
+logger = logging.getLogger(__name__)
+
+_MOST = 1000
+_MAPPED = 400
+_SHOWN, _CLUSTERS = 8, 6
+_SHEET, _THUMBNAIL = 720, 24
+
+
+def run_galleries(folder: Path, device: torch.device | str = "cpu") -> list[Gallery]:
+    """The largest, smallest, purest and most confused clusters of up to 1,000 of a run's images, and two maps.
+
+    Purest and most confused by the images' classes where they are known, else by confidence. Nothing where checkpoint
+    or images are out of reach; a log line says so.
+
+    Args:
+        folder: run directory.
+        device: where to compute.
+    """
+    config = read_json(folder / "run.json").get("config") or {}
+    checkpoint = folder / "checkpoint.pth.tar"
+    if "data_path" not in config or not checkpoint.is_file():
+        logger.info("%s: no gallery, there is no checkpoint yet", folder)
+        return []
+    try:
+        source = open_source(config["data_path"], subset_file=config.get("subset_file", ""))
+        labels, features_NF = _read(checkpoint, source, torch.device(device))
+    except UserError as error:
+        logger.info("%s: no gallery (%s)", folder, error)
+        return []
+    found = [_map(source, labels, _pca(features_NF), "PCA"), _map(source, labels, _tsne(features_NF), "t-SNE")]
+    return [*(_galleries(labels, source) if len(labels.clusters_N) else []), *found]
+
+
+def _read(checkpoint: Path, source: Source, device: torch.device) -> tuple[Labels, NDArray[np.float32]]:
+    """Clusters (none without a head) and unit features of images spread evenly over the dataset."""
+    options = ReadingOptions()
+    reader, network = open_reader(inputs.NetworkOptions(pretrained=str(checkpoint)), options, device=device, seed=0)
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(_MOST, len(source))).round().astype(np.int64))
+    batches = eval_batches(
+        source, chosen, image_size=network.image_size, resize=resize_for(network.image_size), batch_size=100,
+        device=device, std=network.std,
+    )  # fmt: skip
+    said = [reader(batch.images) for batch in batches]
+    clusters_N4 = torch.cat([part.clusters_B4.cpu() for part in said]).numpy()
+    features_NF = torch.cat([part.features_BF.cpu() for part in said]).numpy()
+    if not clusters_N4.shape[1]:
+        none = np.empty(0, dtype=np.int64)
+        return Labels("", 0, chosen, none, none.astype(np.float32), none, none.astype(np.float32)), features_NF
+    cluster, second = clusters_N4[:, 0].astype(np.int64), clusters_N4[:, 2].astype(np.int64)
+    return Labels("head 0", 0, chosen, cluster, clusters_N4[:, 1], second, clusters_N4[:, 3]), features_NF
+
+
+def purity(clusters: Clusters) -> NDArray[np.float64]:
+    """Of each cluster: share of its most frequent class; the mean confidence where classes are unknown."""
+    known = bool(clusters.source.classes) and bool((clusters.source.labels[clusters.labels.positions_N] >= 0).all())
+    if not known:
+        return clusters.confidence
+    rows = range(len(clusters.ids))
+    return np.array(
+        [np.bincount(clusters.source.labels[clusters.members(row)]).max() / clusters.sizes[row] for row in rows]
+    )
+
+
+def _galleries(labels: Labels, source: Source) -> list[Gallery]:
+    clusters = Clusters(labels, source)
+    by_size, by_purity = np.argsort(-clusters.sizes, kind="stable"), np.argsort(-purity(clusters), kind="stable")
+    note = f"Of {len(labels.positions_N)} images of the run, the most confident first."
+    parts = {
+        "Largest clusters": by_size[:_CLUSTERS], "Smallest clusters": by_size[::-1][:_CLUSTERS],
+        "Purest clusters": by_purity[:_CLUSTERS], "Most confused clusters": by_purity[::-1][:_CLUSTERS],
+    }  # fmt: skip
+    return [
+        Gallery(title, tuple(_strip(clusters, int(row)) for row in rows), note, wide=True)
+        for title, rows in parts.items()
+    ]
+
+
+def _strip(clusters: Clusters, row: int) -> tuple[str, str, str]:
+    caption, members = clusters.caption(row), clusters.members(row)[:_SHOWN]
+    return caption, f"The {len(members)} most confident images of {caption}", thumbnails(clusters.source, members)
+
+
+def _pca(rows_NF: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The two directions of highest variance, [N, 2]."""
+    centred = rows_NF[:: max(1, -(-len(rows_NF) // _MAPPED))].astype(np.float64)
+    centred = centred - centred.mean(0)
+    left, size, _ = np.linalg.svd(centred, full_matrices=False)
+    found = left[:, :2] * size[:2]
+    return np.pad(found, ((0, 0), (0, 2 - found.shape[1])))
+
+
+def _tsne(rows_NF: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Neighbours side by side (van der Maaten and Hinton 2008), [N, 2]; PCA for fewer than ten images."""
+    from sklearn.manifold import TSNE
+
+    rows = rows_NF[:: max(1, -(-len(rows_NF) // _MAPPED))]
+    if len(rows) < 10:
+        return _pca(rows_NF)
+    found = TSNE(init="pca", perplexity=min(30, (len(rows) - 1) / 3), random_state=0).fit_transform(rows)
+    return np.asarray(found, dtype=np.float64)
+
+
+def _map(source: Source, labels: Labels, places_N2: NDArray[np.float64], name: str) -> Gallery:
+    """Thumbnails where their features lie."""
+    positions = labels.positions_N[:: max(1, -(-len(labels.positions_N) // _MAPPED))]
+    low, high = places_N2.min(0), places_N2.max(0)
+    corner_N2 = np.rint((places_N2 - low) / np.maximum(high - low, 1e-12) * (_SHEET - _THUMBNAIL)).astype(int)
+    sheet = Image.new("RGBA", (_SHEET, _SHEET), (0, 0, 0, 0))
+    for (left, top), position in zip(corner_N2.tolist(), positions.tolist(), strict=True):
+        sheet.paste(Image.fromarray(square(source, position, _THUMBNAIL)), (left, _SHEET - _THUMBNAIL - top))
+    file = io.BytesIO()
+    sheet.save(file, format="PNG", optimize=True)
+    address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    words = f"{len(positions)} images of the run where {name} puts their features"
+    return Gallery(f"Map of the features, {name}", ((words, words, address),), wide=True)

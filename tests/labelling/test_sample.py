@@ -1,0 +1,64 @@
+"""Galleries and maps of a run's own images, for its report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+
+from clusterssl.data import open_source
+from clusterssl.labelling import sample
+from clusterssl.labelling.clusters import Labels
+from clusterssl.labelling.pages import Clusters
+from clusterssl.labelling.sample import purity, run_galleries
+from tests.evals.checkpoints import own_checkpoint
+from tests.report.runs import write_run
+from tests.report.test_page import ROOT, page_of
+
+
+def test_a_report_shows_the_clusters_of_its_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    own_checkpoint(run / "checkpoint.pth.tar")
+    command = [sys.executable, str(ROOT / "report.py"), str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = page_of(run / "report.html")
+    text = " ".join(page.texts)
+    for part in ("Largest clusters", "Smallest clusters", "Purest clusters", "Most confused clusters", "t-SNE", "PCA"):
+        assert part in text, part
+    assert 15 < page.count("img") <= 4 * 6 + 2
+    assert (run / "report.html").stat().st_size < 5_000_000
+
+
+def test_purity_by_hand() -> None:
+    source = open_source("digits")
+    positions = np.arange(60)
+    clusters = np.arange(60) % 4
+    confidence = np.linspace(0.2, 0.9, 60, dtype=np.float32)
+    made = Clusters(Labels("", 0, positions, clusters, confidence, clusters, confidence), source)
+    expected = [max(np.mean(source.labels[:60][clusters == c] == label) for label in range(10)) for c in range(4)]
+    assert purity(made) == pytest.approx(expected)
+    source.labels = np.full(len(source), -1)
+    assert purity(made) == pytest.approx([confidence[clusters == c].mean() for c in range(4)], abs=1e-6)
+
+
+def test_pca_is_that_of_scikit_learn() -> None:
+    rows = np.random.default_rng(0).normal(size=(900, 7)).astype(np.float32) * np.arange(1, 8)
+    found, expected = sample._pca(rows), PCA(2).fit_transform(rows[::3])
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-3)
+
+
+def test_nothing_without_checkpoint_or_images(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert run_galleries(run) == []
+    own_checkpoint(run / "checkpoint.pth.tar")
+    about = json.loads((run / "run.json").read_text())
+    about["config"]["data_path"] = str(tmp_path / "gone")
+    (run / "run.json").write_text(json.dumps(about))
+    assert run_galleries(run) == []
+    assert run_galleries(tmp_path) == []

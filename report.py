@@ -2,6 +2,7 @@
 
 python report.py runs/swav                       # writes runs/swav/report.html
 python report.py runs/a runs/b --out compare.html
+python report.py runs/swav --watch               # while it trains
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from clusterssl.errors import UserError
 from clusterssl.labelling.sample import run_galleries
 from clusterssl.report import read_run, write_report
 from clusterssl.report.state import state
+from clusterssl.report.watch import server
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,9 +36,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first run directory)")
     parser.add_argument("--title", default="", help="heading of the page (default: the names of the runs)")
     parser.add_argument("--no-gallery", action="store_true", help="leave out what needs the checkpoint and the images")
+    parser.add_argument("--watch", action="store_true", help="serve the growing page to this machine, until Ctrl-C")
+    parser.add_argument("--port", type=int, default=0, help="of --watch (default: any that is free)")
     given = parser.parse_args()
+    if given.watch:
+        with server(given.runs, given.port) as serving:
+            print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)
+            serving.serve_forever()
     out = given.out or given.runs[0] / "report.html"
     galleries = [] if given.no_gallery or len(given.runs) > 1 else run_galleries(given.runs[0])
+    if not galleries and len(given.runs) == 1 and not given.no_gallery:
+        print("no gallery: checkpoint or images are out of reach")
     write_report(given.runs, out, title=given.title, galleries=galleries)
     for run in map(read_run, given.runs):
         print(state(run, time.time()))

@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from clusterssl.config import entry
 from clusterssl.errors import UserError
-from clusterssl.labelling.sample import run_galleries
-from clusterssl.report import read_run, write_report
+from clusterssl.report import Gallery, read_run, write_report
 from clusterssl.report.state import state
 from clusterssl.report.watch import server
 
@@ -28,6 +27,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def clusters_of(run: Path) -> list[Gallery]:
+    """What the run made of its images; nothing, and a line that says so, where they or the checkpoint are gone."""
+    galleries = []
+    if (run / "checkpoint.pth.tar").is_file():
+        from clusterssl.labelling.sample import run_galleries  # the network takes seconds to import
+
+        galleries = run_galleries(run)
+    if not galleries:
+        print("no gallery: checkpoint or images are out of reach")
+    return galleries
 
 
 def main() -> None:
@@ -44,9 +55,7 @@ def main() -> None:
             print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)
             serving.serve_forever()
     out = given.out or given.runs[0] / "report.html"
-    galleries = [] if given.no_gallery or len(given.runs) > 1 else run_galleries(given.runs[0])
-    if not galleries and len(given.runs) == 1 and not given.no_gallery:
-        print("no gallery: checkpoint or images are out of reach")
+    galleries = [] if given.no_gallery or len(given.runs) > 1 else clusters_of(given.runs[0])
     write_report(given.runs, out, title=given.title, galleries=galleries)
     for run in map(read_run, given.runs):
         print(state(run, time.time()))

@@ -175,3 +175,11 @@ def test_groups_of_batchnorm_share_among_themselves() -> None:
     words = [*SHARED[:-4], *METHODS["swav"][1], "--data_path", "x", "--sync_bn", "apex", "--queue_length", "0"]
     messages = rehearse(read_script(ROOT / "main_swav.py", words, 2, 8), 1000, 16, gpu=True).messages
     assert {message.ranks for message in messages if message.part == "batchnorm"} == {8}
+
+
+def test_our_flags_may_stand_anywhere_and_counted_images_are_not_the_digits() -> None:
+    ours, theirs = command.split(["--nodes", "2", "main_swav.py", "--epochs", "5", "--ngpus=4", "--num_images", "9"])
+    assert ours == ["--nodes", "2", "--ngpus=4", "--num_images", "9"]
+    assert theirs == ["main_swav.py", "--epochs", "5", "--data_path", "images"]
+    assert command.split(["--ngpus", "1", "--epochs", "5"]) == (["--ngpus", "1"], ["main_swav.py", "--epochs", "5"])
+    assert command.split(["--num_images", "9", "main_sela.py", "--data_path=x"])[1] == ["main_sela.py", "--data_path=x"]

@@ -54,14 +54,19 @@ class Options:
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our flags, each with one value, and the script with its own; main_swav.py where none is named."""
-    known, at = {flag.name for flag in cfg.flags(Options())}, 0
-    while at < len(argv) and argv[at].lstrip("-").partition("=")[0].replace("-", "_") in known:
-        at += 1 if "=" in argv[at] else 2
-    ours, theirs = list(argv[:at]), list(argv[at:])
-    if not ours and {"-h", "--help"} & set(theirs[:1]):
-        return theirs[:1], []
-    return ours, theirs if theirs and theirs[0].endswith(".py") else ["main_swav.py", *theirs]
+    """Our flags, each with one value, wherever they stand; and the script, main_swav.py unless named, with its own."""
+    if {"-h", "--help"} & set(argv[:1]):
+        return list(argv[:1]), []
+    known = {flag.name for flag in cfg.flags(Options())}
+    ours, theirs, words = [], [], iter(argv)
+    for word in words:
+        if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in known:
+            ours += [word] if "=" in word else [word, *([value] if (value := next(words, None)) is not None else [])]
+        else:
+            theirs.append(word)
+    theirs = theirs if theirs and theirs[0].endswith(".py") else ["main_swav.py", *theirs]
+    elsewhere = cfg.gives(ours, "num_images") and not cfg.gives(theirs, "data_path")
+    return ours, theirs + (["--data_path", "images"] if elsewhere else [])  # without one the settings are the digits'
 
 
 def plan(options: Options, script: Path, words: Sequence[str]) -> Plan:

@@ -63,7 +63,9 @@ def test_bytes_are_those_of_two_real_ranks(name: str, tmp_path: Path) -> None:
     assert plan.rehearsed.memory["optimiser"] == real["optimiser"]
     shared, *own = plan.rehearsed.files.values()
     assert shared == pytest.approx(real["files"].pop("checkpoint.pth.tar"), rel=0.01)
-    assert [size == pytest.approx(own[0], rel=0.01) for size in real["files"].values()] == [True] * 2 * len(own)
+    assert len(real["files"]) == 2 * len(own)
+    for size in real["files"].values():  # whose records begin at multiples of 64 bytes
+        assert size == pytest.approx(own[0], rel=0.01, abs=256)
 
 
 @pytest.mark.parametrize("name", METHODS)

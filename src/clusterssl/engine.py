@@ -25,6 +25,9 @@ from clusterssl.watchdog import watching
 
 logger = logging.getLogger(__name__)
 
+AGREED = 4
+"""facts that the ranks exchange after every step: stop, save, trouble, still saving"""
+
 
 def fit(parts: Parts) -> None:
     """Train until the schedule ends, resuming from the run directory where a checkpoint is there.
@@ -52,7 +55,7 @@ class _Training:
         self.scaler = self.feed.precision.scaler(parts.world.device)
         self.monitor = Monitor(parts.method.remedies)
         self.problem: UserError | None = None
-        self.agreement = dist.Agreement(4)
+        self.agreement = dist.Agreement(AGREED)
         self.step = 0
         self.steps_per_epoch = parts.feed.steps_per_epoch
         self.total = parts.schedule.epochs * self.steps_per_epoch

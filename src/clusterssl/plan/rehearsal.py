@@ -20,6 +20,7 @@ from clusterssl.batchnorm import synchronise
 from clusterssl.checkpoint import bare
 from clusterssl.data import Augment, BadImages
 from clusterssl.dist import World
+from clusterssl.engine import AGREED
 from clusterssl.feed import Feed
 from clusterssl.models.build import check_crop_sizes
 from clusterssl.models.weights import published_state_dict
@@ -213,7 +214,7 @@ class _Rehearsal:
         for dtype in sorted({buffer.dtype for buffer in net.buffers()}, key=str):
             nbytes = sum(buffer.nbytes for buffer in net.buffers() if buffer.dtype == dtype)
             yield Message("buffers of the network", "broadcast", nbytes)
-        yield Message("agreement to go on", "all-reduce", 24)
+        yield Message("agreement to go on", "all-reduce", 8 * AGREED)
 
     def _files(self, net: Any, optimizer: torch.optim.Optimizer, method: Any) -> dict[str, int]:
         state = method.state_dict()

@@ -6,8 +6,8 @@
 Two ranks train a tiny network on the built-in digits with a checkpoint after every step. After each fault the same
 command is started again until it ends well, as a job script does. Then everything the run directory holds is compared
 bit by bit with that of an undisturbed run: weights, optimiser, queue, kept copies, losses. Steps lost are those that
-were done and had to be done again. Processes that a run started and that outlive it count as left behind. On Slurm a
-job of 120 steps has a checkpoint every 6.
+were done after the last checkpoint. Orphans are processes of a run that outlive it. On Slurm a job of 120 steps has a
+checkpoint every 6.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.slurm.cluster import Cluster, missing
 from tests.slurm.jobs import RECIPE, TINY_JOB
 from tests.test_recipes import flags_of
 
-HEAD = ("fault", "times", "ends before the last start", "starts again", "steps lost at most", "equal", "left behind")
+HEAD = ("fault", "times", "how it ended", "restarts", "steps lost at most", "all equal", "orphans")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Joins the other ranks, adds up their numbers, and prints what it found as one line of JSON.
 
 Variables: PROBE_SECONDS to wait for the others, PROBE_SOURCE of the package, PROBE_AFTER=READY:GO files to make and to
-wait for before joining.
+wait for before joining, PROBE_DIES=1 to end as soon as all ranks have answered the roll.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def main() -> None:
         ready.touch()
         while not go.exists():
             time.sleep(0.05)
+    if "PROBE_DIES" in os.environ:
+        torch.distributed.init_process_group = lambda *place, **more: os._exit(0)
     world = dist.join(device="cpu", join_timeout_s=float(os.environ.get("PROBE_SECONDS", "50")))
     log_to_screen(world)
     total = dist.all_reduce_(torch.tensor(float(world.rank + 1)))

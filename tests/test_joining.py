@@ -99,3 +99,9 @@ def test_refused_in_one_line_by_all(what: str, tmp_path: Path) -> None:
     assert codes == [2, 2], errs
     for err in errs:
         assert len(err.strip().splitlines()) == 1 and err.startswith("join_probe.py: error: ") and expected in err
+
+
+def test_a_rank_that_dies_after_the_roll_is_not_waited_for() -> None:
+    codes, _, errs = Probes(2, {0: {"PROBE_SECONDS": "6"}, 1: {"PROBE_DIES": "1"}}).ended()
+    assert codes == [2, 0], errs
+    assert "rank 0 of 2 on" in errs[0] and "could not join the others" in errs[0]

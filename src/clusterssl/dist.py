@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+GROUP_S = 10.0
+"""seconds at least to make the process group: all have answered the roll, who does not come now has died"""
+
 _OPS = {"sum": torch_dist.ReduceOp.SUM, "max": torch_dist.ReduceOp.MAX, "min": torch_dist.ReduceOp.MIN}
 
 
@@ -119,11 +122,15 @@ def _meet(
     if answer.elsewhere and "GLOO_SOCKET_IFNAME" not in env and interfaces.name_is_local():
         interface = interfaces.interface_of(interfaces.address_towards(answer.elsewhere))
         os.environ.update({"GLOO_SOCKET_IFNAME": interface} if interface else {})
-    meeting.store.set_timeout(timedelta(seconds=timeout_s))
+    group_s = max(deadline - time.monotonic(), GROUP_S)
+    meeting.store.set_timeout(timedelta(seconds=group_s))
     torch_dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=torch_dist.PrefixStore("group", meeting.store),
-        rank=place.rank, world_size=place.size, timeout=timedelta(seconds=timeout_s),
+        rank=place.rank, world_size=place.size, timeout=timedelta(seconds=group_s),
     )  # fmt: skip
+    set_timeout = getattr(torch_dist, "set_timeout", None) or torch_dist.distributed_c10d._set_pg_timeout
+    set_timeout(timedelta(seconds=timeout_s))
+    meeting.store.set_timeout(timedelta(seconds=timeout_s))
     return answer.notes
 
 

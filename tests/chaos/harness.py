@@ -93,7 +93,7 @@ class Story:
     forced: int = 0
     """ranks that did not end after another had ended"""
     lost: int = 0
-    """most steps that a start had to do again"""
+    """most steps that were done after the last checkpoint"""
     orphans: list[str] = field(default_factory=list)
     inside: int = 0
     """starts that ended within a save"""
@@ -130,8 +130,12 @@ def endure(
     story = Story(folder)
     for number in range(MOST_STARTS):
         life = Life(folder, [*FLAGS, *flags], env or {})
-        disturb(life, number)
-        codes, printed, forced = life.end(patience_s)
+        try:
+            disturb(life, number)
+            codes, printed, forced = life.end(patience_s)
+        except BaseException:
+            life.launched.send(signal.SIGKILL)
+            raise
         story.codes.append(codes)
         story.printed.append(printed)
         story.forced += forced

@@ -5,6 +5,7 @@ CHAOS_STUCK=RANK:STEPS:FILE lets a rank hang after so many steps, unless FILE is
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import runpy
@@ -34,6 +35,7 @@ def hang_after(steps: int, once: Path) -> None:
 
 if __name__ == "__main__":
     os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the test
     faulthandler.register(signal.SIGQUIT)  # the harness asks a rank that does not end where it is
     rank, steps, once = os.environ.get("CHAOS_STUCK", "-1:0:").split(":")
     if rank == os.environ.get("RANK"):

@@ -95,7 +95,7 @@ class Recorder:
             if number >= 0:
                 self._files[name] = number
                 self.start.safe[number] = self.start.memory[number] = path.read_bytes()
-        self._numbers, self._lock, self._busy = itertools.count(), threading.RLock(), False
+        self._numbers, self._lock, self._busy = itertools.count(), threading.RLock(), 0
         self._fsync = os.fsync
 
     def __enter__(self) -> Recorder:
@@ -111,7 +111,9 @@ class Recorder:
     def mark(self, mark: Any) -> None:
         """Note that something has been promised."""
         with self._lock:
+            self._busy = threading.get_ident()
             self._note_data()
+            self._busy = 0
             self.events.append(Event("mark", mark=mark))
 
     def _inside(self, path: Any) -> str:
@@ -123,18 +125,24 @@ class Recorder:
 
     def on_event(self, event: str, words: tuple[Any, ...]) -> None:
         """Called before the operation is done."""
-        if self._busy or event not in ("open", "os.rename", "os.link", "os.remove", "os.mkdir"):
+        if self._busy == threading.get_ident() or event not in (
+            "open",
+            "os.rename",
+            "os.link",
+            "os.remove",
+            "os.mkdir",
+        ):
             return
         name = self._inside(words[0])
         if not name:
             return
         with self._lock:
-            self._busy = True
+            self._busy = threading.get_ident()
             try:
                 self._note_data()
                 getattr(self, "_" + event.replace(".", "_"))(name, words)
             finally:
-                self._busy = False
+                self._busy = 0
 
     def _open(self, name: str, words: tuple[Any, ...]) -> None:
         if not words[2] & (os.O_WRONLY | os.O_RDWR):
@@ -175,9 +183,9 @@ class Recorder:
         name = self._inside(Path(f"/proc/self/fd/{descriptor}").readlink())
         with self._lock:
             if name in self._files:
-                self._busy = True
+                self._busy = threading.get_ident()
                 self._note_data()
-                self._busy = False
+                self._busy = 0
                 self.events.append(Event("sync", file=self._files[name]))
             elif name:
                 self.events.append(Event("sync names", name))

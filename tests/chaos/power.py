@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 from torch.distributed import HashStore
 
-from clusterssl import saving
+from clusterssl import dist, saving
 from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.files import read_checkpoint
@@ -32,12 +32,16 @@ def open_run(folder: Path, rank: int = 0) -> Run:
 def save(runs: list[Run], step: int) -> None:
     """A checkpoint of both ranks, which share this process and so what they meet at; every second one is kept."""
     runs[0].log({"step": step})
-    number = itertools.repeat(next(_numbers))
-    with patch.object(saving.dist, "store", lambda: _store), patch.object(saving, "_numbers", number):
-        for rank in reversed(range(RANKS)):  # rank 0 waits for the parts of all
-            rows = torch.full((3,), float(10 * step + rank))
-            keep_as = f"ckp-{step}.pth" if step % 2 == 0 else ""
-            runs[rank].save({"weight": torch.full((5,), float(step))}, {"rows": rows}, step=step, keep_as=keep_as)
+    together = HashStore()  # ranks of one process share the store they would have met with, and count alike
+    with patch.object(dist, "store", lambda: together), patch.object(saving, "_numbers", itertools.repeat(step)):
+        _save(runs, step)
+
+
+def _save(runs: list[Run], step: int) -> None:
+    for rank in reversed(range(RANKS)):  # rank 0 writes what is shared, after all parts
+        rows = torch.full((3,), float(10 * step + rank))
+        keep_as = f"ckp-{step}.pth" if step % 2 == 0 else ""
+        runs[rank].save({"weight": torch.full((5,), float(step))}, {"rows": rows}, step=step, keep_as=keep_as)
 
 
 def close(runs: list[Run]) -> None:

@@ -42,7 +42,8 @@ def stopped_rank(cluster: Cluster, job: str, folder: Path) -> None:
 
 def endure_as_job(cluster: Cluster, folder: Path, *faults: Fault) -> Story:
     """A job that meets some faults, one after another, and is requeued after each."""
-    job = submit(cluster, folder, *TINY_JOB, "--hang_minutes", "0.15", options=("--exclusive",))
+    minutes = "0.15" if stopped_rank in faults else "20"
+    job = submit(cluster, folder, *TINY_JOB, "--hang_minutes", minutes, options=("--exclusive",))
     story = Story(folder / "run")
     for number, fault in enumerate(faults, start=1):
         go_on(folder)

@@ -89,7 +89,7 @@ def test_survives_a_signal_under_torchrun(cluster: Cluster, tmp_path: Path, expe
     assert_finished(cluster, job, tmp_path, 1, expected)
 
 
-@pytest.mark.parametrize("faults", [(urgent_job, failed_node), (cut_link, stopped_rank)], ids=lambda f: f[0].__name__)
+@pytest.mark.parametrize("faults", [(urgent_job, failed_node, cut_link), (stopped_rank,)], ids=lambda f: f[0].__name__)
 def test_survives_one_fault_after_another(
     faults: tuple[Fault, ...], cluster: Cluster, tmp_path: Path, expected: dict[str, torch.Tensor]
 ) -> None:

@@ -1,7 +1,7 @@
 """What becomes of runs that are killed, cut off, filled up and confused: every fault, so many times.
 
-    python bench/chaos.py                                  # 8 minutes; with Slurm where it is installed
-    python bench/chaos.py --kills 10 --times 1 --slurm_times 0
+    python bench/chaos.py                           # 6 minutes
+    python bench/chaos.py --where slurm --times 1   # 3 minutes; needs what the tests in tests/slurm need
 
 Two ranks train a tiny network on the built-in digits with a checkpoint after every step. After each fault the same
 command is started again until it ends well, as a job script does. Then everything the run directory holds is compared
@@ -17,12 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -49,9 +48,9 @@ class Options:
     kills: int = 50
     """SIGKILLs, several to a run"""
     times: int = 2
-    """of every other fault on this machine"""
-    slurm_times: int = 1
-    """of every fault on a Slurm cluster of two nodes; 0: none"""
+    """of every other fault"""
+    where: Literal["here", "slurm"] = "here"
+    """on this machine, or as jobs of a Slurm cluster of two nodes that is started for it"""
     seed: int = 0
     out: str = "bench/results/chaos.json"
     page: str = ""
@@ -76,7 +75,7 @@ def repeated(
 
 def on_slurm(cluster: Cluster, harm: tuple[slurm.Fault, ...], whole: Path, scratch: Path, options: Options) -> Any:
     """Jobs that meet one fault after another."""
-    for number in range(options.slurm_times):
+    for number in range(options.times):
         folder = scratch / f"job{number}"
         folder.mkdir()
         yield slurm.endure_as_job(cluster, folder, *harm), difference(folder / "run", whole)
@@ -152,10 +151,10 @@ def slurm_rows(scratch: Path, options: Options) -> Iterator[dict[str, Any]]:
     with Cluster() as cluster:
         for name, harm in (
             (
-                "Slurm: an urgent job takes the nodes, later a node fails, later its link is cut",
+                "an urgent job takes the nodes, later a node fails, later its link is cut",
                 (slurm.urgent_job, slurm.failed_node, slurm.cut_link),
             ),
-            ("Slurm: SIGSTOP of a rank", (slurm.stopped_rank,)),
+            ("SIGSTOP of a rank", (slurm.stopped_rank,)),
         ):
             folder = _folder(scratch, harm[0].__name__)
             yield row(name, on_slurm(cluster, harm, scratch / "job", folder, options))
@@ -174,25 +173,24 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def show(rows: list[dict[str, Any]], options: Options) -> None:
-    """Print and write what has been measured so far."""
+    """Print and write what has been measured."""
     print(table(rows))
     if options.page:
         page = Path(options.page)
-        before, begin, rest = page.read_text().partition("<!-- table -->\n")
-        end = rest[rest.index("<!-- end -->") :]
-        page.write_text(f"{before}{begin}{table(rows)}\n{end}")
+        before, begin, rest = page.read_text().partition(f"<!-- {options.where} -->\n")
+        page.write_text(f"{before}{begin}{table(rows)}\n\n{rest[rest.index('<!-- end -->') :]}")
     write_result(Path(options.out), {"options": cfg.plain(options), "flags": FLAGS, "rows": rows})
 
 
 def main() -> None:
     options = cfg.parse(Options, description=__doc__)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as beside:
-        rows = [power_row(Path(folder))]
-        wanted = options.slurm_times and not missing()
-        jobs = beside.submit(lambda: list(slurm_rows(Path(folder), options)) if wanted else [])
-        rows += local_rows(Path(folder), options)
-        show(rows, options)
-        show(rows + jobs.result(), options)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        if options.where == "here":
+            show([power_row(scratch), *local_rows(scratch, options)], options)
+        else:
+            cfg.require(not missing(), f"--where slurm: {missing()}")
+            show(list(slurm_rows(scratch, options)), options)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ from tests.chaos.disk import Recorder, lay_out, power_cuts
 from tests.launch import metrics
 
 RANKS, STEPS = 2, 3
-_store, _numbers = HashStore(), itertools.count()
 
 
 def open_run(folder: Path, rank: int = 0) -> Run:
-    """A start of a run by one of two ranks, which need not meet to load."""
+    """A start of a run by one of two ranks, which need not meet to save and to load."""
     run = Run(folder, World(rank, RANKS))
     if rank == 0:
         run.open("power", {}, {}, frozenset())
@@ -30,7 +29,7 @@ def open_run(folder: Path, rank: int = 0) -> Run:
 
 
 def save(runs: list[Run], step: int) -> None:
-    """A checkpoint of both ranks, which share this process and so what they meet at; every second one is kept."""
+    """A checkpoint of both ranks; every second one is kept."""
     runs[0].log({"step": step})
     together = HashStore()  # ranks of one process share the store they would have met with, and count alike
     with patch.object(dist, "store", lambda: together), patch.object(saving, "_numbers", itertools.repeat(step)):

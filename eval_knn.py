@@ -55,6 +55,7 @@ def main() -> None:
     logger.info("     k   top-1   top-5")
     for record in records:
         logger.info("%6d  %6.2f  %6.2f", record["k"], record["top1"], record["top5"])
+    for record in records:
         setup.record("knn", record)
     dist.leave()
 

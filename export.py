@@ -74,12 +74,12 @@ def open_exported(config: Config) -> Exported:
         source=path if is_url(path) else Path(path).name,
         mean=MEAN, std=network.std,
         network=model_from_weights(path).eval() if config.files.head else None,
-        results=results(Path(path)),
+        results=results(Path(path), network.fingerprint),
     )  # fmt: skip
 
 
-def results(checkpoint: Path) -> tuple[str, ...]:
-    """What evaluations.jsonl beside a checkpoint says of it."""
+def results(checkpoint: Path, network: str) -> tuple[str, ...]:
+    """What evaluations.jsonl beside a checkpoint says of its network, known by its fingerprint."""
     path = checkpoint.with_name("evaluations.jsonl")
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:
@@ -87,7 +87,7 @@ def results(checkpoint: Path) -> tuple[str, ...]:
             record = json.loads(text)
         except ValueError:  # a line cut short by a kill
             continue
-        if Path(record.get("pretrained", "")).name == checkpoint.name:
+        if record.get("network") == network:
             numbers = {key: value for key, value in record.items() if isinstance(value, float) and key != "time"}
             told = ", ".join(f"{key} {value:g}" for key, value in numbers.items())
             lines.append(f"{record.get('eval')} on {Path(record.get('data_path', '')).name}: {told}")

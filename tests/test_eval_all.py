@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_does_not_stop_the_others(tmp_path: Path, place: in
     checkpoints = [mine, other]
     checkpoints.insert(place, tmp_path / "torn.pth")
     words = ["--pretrained", *checkpoints, "--protocols", "knn"]
-    with pytest.raises(UserError, match=r"1 failed: torn, knn: .*torn\.pth"):
+    with pytest.raises(UserError, match=r"1 failed: torn: .*torn\.pth"):
         run(tmp_path / "out", *words)
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert {name: list(row) for name, row in rows.items()} == {
@@ -112,6 +112,8 @@ def test_bad_input(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             run(tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"--dump_path .*checkpoint\.pth\.tar/out: cannot be written"):
+        run(mine / "out", "--pretrained", mine)
 
 
 def test_names(tmp_path: Path) -> None:
@@ -127,6 +129,11 @@ def test_names(tmp_path: Path) -> None:
         (tmp_path / path).touch()
     full = [str(tmp_path / path) for path in paths[:3]] + paths[3:]
     assert list(names_of(full).values()) == ["a", "a-2", "swav_800ep_pretrain", "x", "untrained"]
+    (tmp_path / "a-2").mkdir()
+    (tmp_path / "a-2" / "checkpoint.pth.tar").touch()
+    for order in ([0, 1, 2], [2, 0, 1], [0, 2, 1]):
+        same = [*full[:2], str(tmp_path / "a-2" / "checkpoint.pth.tar")]
+        assert len(set(names_of([same[i] for i in order]).values())) == 3
 
 
 def script_on_a_rank(rank: int, world_size: int, folder: str) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import export
 from clusterssl import config as cfg
+from clusterssl.evals import inputs
 from clusterssl.models.build import build_model
 from clusterssl.models.headed import build_headed
 from clusterssl.models.selfclassifier import build_selfclassifier
@@ -62,8 +63,8 @@ def test_evaluations_go_into_the_card(monkeypatch: pytest.MonkeyPatch, tmp_path:
         {"state_dict": published_state_dict(network), "model": network.record()}, tmp_path / "checkpoint.pth.tar"
     )
     record = {"time": 1.5, "eval": "knn", "k": 20, "top1": 61.25, "pretrained": "runs/a/checkpoint.pth.tar",
-              "data_path": "/data/digits"}  # fmt: skip
-    other = {**record, "pretrained": "other.pth", "top1": 1.0}
+              "network": inputs.fingerprint(network.backbone), "data_path": "/data/digits"}  # fmt: skip
+    other = {**record, "network": "that of another run", "top1": 1.0}
     text = "\n".join([json.dumps(record), json.dumps(other), '{"torn'])
     (tmp_path / "evaluations.jsonl").write_text(text)
     flags = ["--pretrained", tmp_path / "checkpoint.pth.tar", "--output", tmp_path, "--image_size", 24]

@@ -199,3 +199,26 @@ def test_bad_input_is_told(tree: Path, tmp_path: Path, packed: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         PackedSource(packed)
     assert record["version"] == 1 and record["images"] == 12
+
+
+def test_splits_are_packed_each_by_itself_or_named(tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree, tmp_path / "data" / "train")
+    shutil.copytree(tree, tmp_path / "data" / "validation")
+    with pytest.raises(UserError, match="holds train/ but neither val/ nor test/; name its splits"):
+        pack(tmp_path / "data", tmp_path / "packed", FIVE)
+    with pytest.raises(UserError, match="has no folder dev/"):
+        pack(tmp_path / "data", tmp_path / "packed", PackOptions(splits=("train", "dev")))
+    pack(tmp_path / "data", tmp_path / "packed", PackOptions(splits=("train", "validation"), workers=1))
+    assert open_source(str(tmp_path / "packed"), split="validation").classes == open_source(str(tree)).classes
+    shutil.copytree(tree, tmp_path / "data" / "val")
+    pack(tmp_path / "data", tmp_path / "all", PackOptions(workers=1))
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["train", "val", "validation"]
+
+
+def test_refuses_the_images_themselves_and_what_it_cannot_write(tree: Path, tmp_path: Path) -> None:
+    for target in (tree, tree / "inside"):
+        with pytest.raises(UserError, match="lies inside the images"):
+            pack(tree, target, FIVE)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        pack(tree, tmp_path / "file" / "packed", FIVE)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from clusterssl.errors import UserError
 from clusterssl.evals import search
 
 faiss = pytest.importorskip("faiss")
@@ -64,3 +65,12 @@ def test_small_and_precise_features_stay_here() -> None:
     bank = rows(20_000, 8, 1)
     assert not search.searched_by_faiss(1000, bank)
     assert not search.searched_by_faiss(len(bank), bank.double())
+
+
+@pytest.mark.parametrize("number", [100, 20_000])
+@pytest.mark.parametrize("where", ["bank", "queries"])
+def test_refuses_what_is_not_finite(number: int, where: str) -> None:
+    parts = {"bank": rows(number, 8, 1), "queries": rows(10, 8, 2)}
+    parts[where][7, 3] = float("inf")
+    with pytest.raises(UserError, match="features are not finite"):
+        search.nearest(parts["bank"], [parts["queries"]], 5)

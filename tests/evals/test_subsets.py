@@ -93,7 +93,9 @@ def test_the_published_list_is_fetched(folder: Path, monkeypatch: pytest.MonkeyP
     with served(folder) as address:
         monkeypatch.setattr(subsets, "PUBLISHED", address + "/{percent:g}percent.txt")
         assert labelled(source, 1.0, "published", seed=0).tolist() == [1]
-        with pytest.raises(UserError, match=r"5percent\.txt: HTTP 404"):
+        with pytest.raises(UserError, match=r"10percent\.txt: HTTP 404"):
+            labelled(source, 10.0, "published", seed=0)
+        with pytest.raises(UserError, match="published: exists for 1 and 10 percent, not for 5"):
             labelled(source, 5.0, "published", seed=0)
     assert "imagenet_subsets/10percent.txt" in LABEL_ADDRESS
 

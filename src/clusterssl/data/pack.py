@@ -35,11 +35,10 @@ from clusterssl.data.decode import BadImageError, decode, jpeg_frame
 from clusterssl.data.listing import Listing, list_file, list_folder
 from clusterssl.data.packed import INDEX, RECORD, shard_name
 from clusterssl.errors import UserError
-from clusterssl.files import atomic_write
+from clusterssl.files import atomic_write, first_line
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
 _VERSION = 1
 _SUFFIXES = {"jpeg": "jpg", "tif": "tiff"}
 
@@ -57,6 +56,9 @@ class PackOptions:
     workers: int = 0
     """processes; 0: as many as there are cores, 8 at most"""
 
+    splits: tuple[str, ...] = ()
+    """subfolders to pack each by itself; without: all, where train/ and val/ or test/ are among them"""
+
     def __post_init__(self) -> None:
         cfg.require(self.short_side >= 0, f"--short_side {self.short_side}: must not be negative")
         cfg.require(1 <= self.quality <= 100, f"--quality {self.quality}: must lie between 1 and 100")
@@ -72,10 +74,29 @@ def pack(source: str | Path, target: str | Path, options: PackOptions = PackOpti
             that does not match its hash.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
-    splits = [name for name in SPLITS if (source / name).is_dir()]
-    for split in splits if len(splits) > 1 else [""]:
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise UserError(f"{target}: lies inside the images to pack; name another folder")
+    for split in _splits(source, options.splits):
         listing = list_file(source) if source.is_file() else list_folder(source / split)
-        _pack_split(listing, target / split, options)
+        try:
+            _pack_split(listing, target / split, options)
+        except OSError as error:
+            raise UserError(f"{target / split}: cannot be written ({first_line(error)}); choose another") from error
+
+
+def _splits(source: Path, wanted: tuple[str, ...]) -> list[str]:
+    """Subfolders that are packed each by itself: all of a folder that is split as `open_source` understands it."""
+    absent = [name for name in wanted if not (source / name).is_dir()]
+    if absent:
+        raise UserError(f"--splits {' '.join(wanted)}: {source} has no folder {absent[0]}/")
+    if wanted or not (source / "train").is_dir():
+        return list(wanted or [""])
+    if not any((source / name).is_dir() for name in ("val", "test")):
+        raise UserError(
+            f"{source}: holds train/ but neither val/ nor test/; name its splits, --splits train validation, or give "
+            f"{source / 'train'} alone"
+        )
+    return sorted(folder.name for folder in source.iterdir() if folder.is_dir())
 
 
 def _pack_split(listing: Listing, folder: Path, options: PackOptions) -> None:

@@ -86,7 +86,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
             )
             for name, entry in zip(queries, entries, strict=True)
         ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: no ground truth of retrieval; expected imlist, qimlist and gnd with bbx, easy, hard and junk or "
             f"ok and junk ({type(error).__name__}: {first_line(error)})"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -221,6 +222,23 @@ def _check_layout(path: Path, splits: Sequence[str]) -> None:
         f"--data_path {path}: expected {'/ and '.join(splits)}/, each with one folder of images per class; found "
         f"{found} and {len(inside) - len(folders)} files"
     )
+
+
+def check_writable(folder: str | Path) -> None:
+    """Try whether a folder for results can be made and written (rank 0), before hours are spent; a collective call.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    problem = None
+    try:
+        if not dist.rank():
+            path = Path(folder).absolute()
+            with tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
+                pass
+    except OSError as error:
+        problem = UserError(f"--dump_path {folder}: cannot be written ({first_line(error)}); choose another")
+    dist.raise_together(problem)
 
 
 def append_evaluation(

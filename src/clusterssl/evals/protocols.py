@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -132,6 +133,12 @@ class Comparison:
             options: protocols.
         """
         row, folder = self.rows.setdefault(name, {}), str(Path(setup.dump_path) / name)
+        try:
+            setup.of(pretrained, folder)
+        except UserError as error:
+            self.failures.append(f"{name}: {error}")
+            logger.warning("%s: %s", name, error)
+            return
         for protocol in options.protocols:
             logger.info("=== %s: %s", name, protocol)
             try:
@@ -204,6 +211,6 @@ def names_of(checkpoints: Sequence[str]) -> dict[str, str]:
         path = Path(checkpoint.split("?")[0])
         own = path.name.startswith("checkpoint.pth") and path.absolute().parent.name
         name = own or path.name.split(".")[0] or "untrained"
-        same = sum(other == name or other.startswith(f"{name}-") for other in names.values())
-        names[checkpoint] = f"{name}-{same + 1}" if same else name
+        free = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+        names[checkpoint] = next(candidate for candidate in free if candidate not in names.values())
     return names

@@ -79,7 +79,7 @@ class Benchmark:
         """
         path = _folder(folder)
         files = image_files(path)
-        names = {name.stem: name for name in files}
+        names = {file.stem: file for file in sorted(files, key=lambda file: file.parent == path / "jpg")}  # jpg/ wins
         self.truth = _ground_truth(path, sorted(names))
         self.name = path.name
         wanted = [*self.truth.names, *(query.name for query in self.truth.queries)]

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clusterssl.errors import UserError
+
 CHUNK, BANK_CHUNK = 1024, 16384
 _FAISS_BYTES = 2**29  # of a block that faiss searches: it begins each one without a bound
 _FAISS_ROWS = 2**14  # fewer are searched before it is imported
@@ -33,21 +35,33 @@ def nearest(
         device: where to compute; float32 features on a CPU are searched by faiss where it is installed.
 
     Returns:
-        For each chunk similarities [Q, k], highest first, and rows of the bank, int64 [Q, k].
+        For each chunk similarities [Q, k], highest first, and rows of the bank, int64 [Q, k]; equal ones by row, though
+        which of equal ones at the k-th place are there is open.
+
+    Raises:
+        UserError: features are not finite.
     """
     if not queries:
         return []
-    unit = [F.normalize(part_QF.to(device), dim=1) for part_QF in queries]
+    unit = [_unit(part_QF.to(device)) for part_QF in queries]
     best = [_Best(len(part_QF), k, part_QF) for part_QF in unit]
     if searched_by_faiss(len(bank_NF), unit[0]):
         _search_by_faiss(bank_NF, unit, best)
         return [found.in_order() for found in best]
     room = _Room(max(map(len, unit)) * min(bank_chunk, len(bank_NF)), unit[0])
     for start, stop in _blocks(len(bank_NF), k, bank_chunk):
-        block_NF = F.normalize(bank_NF[start:stop].to(device), dim=1)
+        block_NF = _unit(bank_NF[start:stop].to(device))
         for part_QF, found in zip(unit, best, strict=True):
             found.see(room.product(part_QF, block_NF), start, room)
     return [found.in_order() for found in best]
+
+
+def _unit(rows_NF: Tensor) -> Tensor:
+    """Rows of unit length."""
+    rows_NF = F.normalize(rows_NF, dim=1)
+    if not bool(rows_NF.sum().isfinite()):
+        raise UserError("features are not finite: the network's activations overflow; take an earlier checkpoint")
+    return rows_NF
 
 
 def searched_by_faiss(rows: int, like: Tensor) -> bool:
@@ -67,7 +81,7 @@ def _search_by_faiss(bank_NF: Tensor, unit: Sequence[Tensor], best: Sequence[_Be
     faiss.omp_set_num_threads(torch.get_num_threads())
     rows, k = _faiss_rows(bank_NF.shape[1]), best[0].k
     for start in range(0, len(bank_NF), rows):
-        block_NF = F.normalize(bank_NF[start : start + rows], dim=1).numpy()
+        block_NF = _unit(bank_NF[start : start + rows]).numpy()
         for part_QF, found in zip(unit, best, strict=True):
             similarity, row = faiss.knn(
                 part_QF.numpy(), block_NF, min(k, len(block_NF)), metric=faiss.METRIC_INNER_PRODUCT

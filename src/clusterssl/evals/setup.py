@@ -130,7 +130,7 @@ def open_setup(
         or_else: checkpoints to open instead, the first that can be read.
 
     Raises:
-        UserError: see `inputs.open_splits` and `inputs.open_network`.
+        UserError: see `inputs.open_splits` and `inputs.open_network`; or `dump_path` cannot be written.
     """
     world = launch.join()
     log_to_screen(world)
@@ -142,5 +142,6 @@ def open_setup(
         except UserError as error:
             problems.append(error)
             continue
+        inputs.check_writable(dump_path)
         return Setup(world, opened, train, val, flags, data, cache or CacheOptions(), dump_path, seed)
-    raise problems[0]
+    raise UserError("; ".join(dict.fromkeys(map(str, problems))))

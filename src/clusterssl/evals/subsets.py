@@ -54,8 +54,10 @@ def labelled(source: Source, percent: float, label_list: str, seed: int) -> NDAr
         seed: of that draw.
 
     Raises:
-        UserError: the list cannot be read, or names images that are not there or not unique.
+        UserError: the list does not exist, cannot be read, or names images that are not there or not unique.
     """
+    if label_list == "published" and percent not in (1, 10):
+        raise UserError(f"--label_list published: exists for 1 and 10 percent, not for {percent:g}; give one of these")
     if not label_list:
         chosen = stratified(source.labels, percent, seed)
     else:

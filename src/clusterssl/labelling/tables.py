@@ -86,15 +86,24 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def check_links(source: Source) -> None:
+    """Refuse images that are no files of their own.
+
+    Raises:
+        UserError: they are packed or built in.
+    """
+    first = Path(source.name(0))
+    if not first.is_file():
+        raise UserError(f"--links: {first} is no file that a link could lead to; leave the flag away")
+
+
 def write_links(folder: Path, labels: Labels, source: Source) -> int:
     """One folder a cluster, of symbolic links to its images; links of an earlier labelling are removed. How many.
 
     Raises:
         UserError: the images are no files, or the folder cannot be written.
     """
-    first = Path(source.name(int(labels.positions_N[0])))
-    if not first.is_file():
-        raise UserError(f"--links: {first} is no file that a link could lead to; leave the flag away")
+    check_links(source)
     try:
         _remove_links(folder)
         width = len(str(int(labels.clusters_N.max())))

@@ -79,6 +79,8 @@ def label_folder(options: Options, world: World) -> None:
     require(bool(folder.images), "--images: name the folder of images to label")
     require(bool(folder.out), "--out: name the folder of the results")
     source, out = open_source(folder.images), Path(folder.out)
+    if folder.links:
+        tables.check_links(source)
     asked = near.pictures(options.neighbours.near)
     _check_out(out, folder.images)
     flags = replace(options.network, pretrained=inputs.checkpoint_of(options.network.pretrained))

@@ -146,6 +146,14 @@ def test_uses_prototypes_equally_after_many_iterations() -> None:
     torch.testing.assert_close(q.sum(0), torch.full((10,), 20.0, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(2000, 5), (4, 300)])
+@pytest.mark.parametrize("iterations", [4, 5, 30, 100])
+def test_many_iterations_stay_in_range(shape: tuple[int, int], iterations: int) -> None:
+    scores = cosines(*shape)
+    ours = sinkhorn(scores, 0.1, iterations)
+    np.testing.assert_allclose(ours.numpy(), reference(scores.numpy(), 0.1, iterations), rtol=0, atol=2e-6)
+
+
 def of_my_rows(rank: int, world_size: int, epsilon: float, bound: float | None) -> torch.Tensor:
     rows = cosines(48, 10).chunk(world_size)[rank]
     return sinkhorn(rows, epsilon, 3, bound=bound)

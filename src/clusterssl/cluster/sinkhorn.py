@@ -21,6 +21,8 @@ from clusterssl import dist
 # the products with u and v; beyond it the log domain is used.
 _SCALING_LIMIT = {torch.float32: 70.0, torch.float64: 600.0}
 _CACHED_ELEMENTS = 2**19
+# Each iteration multiplies v by about N / K and divides u by it: so many keep both in range for N / K up to 10^5.
+_ITERATIONS_IN_RANGE = 4
 
 
 @torch.no_grad()
@@ -76,7 +78,9 @@ def _by_scaling(scores_ANK: Tensor, shift: float, epsilon: float, iterations: in
         torch.mul(scores_nK, scale, out=block_nK).exp2_()
         column_AK[a] += block_nK.new_ones(len(block_nK)) @ block_nK
     u_AK = _inverse(_summed(column_AK))
-    for _ in range(iterations - 1):
+    for number in range(1, iterations):
+        if number % _ITERATIONS_IN_RANGE == 0:  # by a power of two, which rounds nothing
+            u_AK = torch.ldexp(u_AK, -torch.frexp(u_AK.amax(1, keepdim=True)).exponent)
         column_AK = torch.zeros_like(column_AK)
         for a, block_nK in blocks:
             column_AK[a] += _inverse(block_nK @ u_AK[a]) @ block_nK

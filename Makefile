@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench lint format clean
+.PHONY: help demo test slow bench docs lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ bench: $(INSTALLED) ## measure what needs no GPU, under 10 minutes; CLUSTERSSL_D
 	@$(BIN) bench/loader.py --batches 10 --out bench/results/loader-$(HARDWARE).json
 	@$(BIN) bench/train_step.py --repeats 3 --out bench/results/train_step-$(HARDWARE).json
 	@$(BIN) bench/readme.py
+
+docs: $(INSTALLED) ## the documentation as a site, site/index.html; a broken link is an error
+	@$(BIN) -m uv pip install --quiet --python $(BIN) --constraint constraints.txt --requirement pyproject.toml --extra docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build --quiet --strict
 
 lint: $(INSTALLED) ## ruff and mypy
 	@$(BIN) -m ruff check .

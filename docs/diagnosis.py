@@ -78,7 +78,7 @@ def draw(key: str) -> None:
         axes.set_ylim(bottom=0)
         if name != "rankme":
             axes.axhline(level, color=GREY, linestyle=":")
-            axes.set_ylim(0, 1.25 * level)
+            axes.set_ylim(0, max(1.25 * level, 1.05 * max(run.curve(name)[1])))
     panels[0].annotate("ln K", (0, level), xytext=(2, 2), textcoords="offset points", color=GREY)
     counts = sorted(occupancy(key), reverse=True)
     if counts:

@@ -136,31 +136,26 @@ def test_verdicts_in_the_gallery_were_printed() -> None:
     assert "".join(blocks(page, "bash")).splitlines() == [run["command"] for run in found.values()]
 
 
-@pytest.fixture(scope="module")
-def redrawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
-    """Numbers and figures of docs/figures.py, drawn anew."""
-    folder = tmp_path_factory.mktemp("figures")
+@pytest.mark.slow
+def test_the_idea_is_drawn_as_committed(tmp_path: Path) -> None:
     script = f"import sys; sys.path.insert(0, 'docs'); import figures, drawing, json, pathlib; \
-drawing.keep.__defaults__ = (pathlib.Path({str(folder)!r}),); print(json.dumps(figures.computed()))"
+drawing.keep.__defaults__ = (pathlib.Path({str(tmp_path)!r}),); print(json.dumps(figures.computed()))"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout), folder
-
-
-def test_the_idea_is_drawn_as_committed(redrawn: tuple[dict, Path]) -> None:
-    found, folder = redrawn
     kept = json.loads((ROOT / "docs/figures/idea.json").read_text())
-
-    def numbers(tree: object) -> list[float]:
-        parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else None
-        return [float(tree)] if parts is None else [x for part in parts for x in numbers(part)]  # type: ignore[arg-type]
-
-    assert numbers(found) == pytest.approx(numbers(kept), abs=0.02, rel=0.02)
-    assert {path.name for path in folder.iterdir()} <= {path.name for path in (ROOT / "docs/figures").glob("*.svg")}
+    assert numbers(json.loads(done.stdout)) == pytest.approx(numbers(kept), abs=0.02, rel=0.02)
+    drawn, shown = ({path.name for path in folder.glob("*.svg")} for folder in (tmp_path, ROOT / "docs/figures"))
+    assert drawn == {name for name in shown if not name.startswith("run_")}
 
 
-def test_the_idea_in_numbers(redrawn: tuple[dict, Path]) -> None:
-    found = redrawn[0]
+def numbers(tree: object) -> list[float]:
+    """All numbers of nested dictionaries and lists."""
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else None
+    return [float(tree)] if parts is None else [x for part in parts for x in numbers(part)]  # type: ignore[arg-type]
+
+
+def test_the_idea_in_numbers() -> None:
+    found = json.loads((ROOT / "docs/figures/idea.json").read_text())
     assert found["equal"]["transport"] == [100] * 10 and sum(found["equal"]["nearest"]) == 1000
     assert sum(found["pixels"]["sizes"]) == 1000
     plans = [found["epsilon"][key] for key in ("1", "0.2", "0.05", "0.01")]

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FOREIGN = {
-    *("nproc_per_node", "signals_to_handle", "signal", "partition", "cpus_per_task"),  # torchrun, sbatch
+    *("nproc_per_node", "signals_to_handle", "signal", "partition", "cpus_per_task", "directory"),  # torchrun, sbatch, http.server
     *("cos", "imagenet_path", "sgd", "lars", "wd"),
 }
 """flags of other programs, and of published code that pages say is different here"""

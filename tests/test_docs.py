@@ -17,7 +17,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FOREIGN = {
-    *("nproc_per_node", "signals_to_handle", "signal", "partition", "cpus_per_task", "directory"),  # torchrun, sbatch, http.server
+    *(
+        "nproc_per_node",
+        "max_restarts",
+        "signals_to_handle",
+        "signal",
+        "partition",
+        "cpus_per_task",
+        "directory",
+    ),  # torchrun, sbatch, http.server
     *("cos", "imagenet_path", "sgd", "lars", "wd"),
 }
 """flags of other programs, and of published code that pages say is different here"""
@@ -64,7 +72,8 @@ def test_scripts_exist(page: Path) -> None:
     for name in re.findall(r"`((?:scripts|bench|tests|docs)/[\w./-]+\.\w+)`", text_of(page)):
         assert (ROOT / name).exists(), name
     for module in re.findall(r"python -m (clusterssl[\w.]*)", text_of(page)):
-        assert (ROOT / "src" / (module.replace(".", "/") + ".py")).is_file(), module
+        path = ROOT / "src" / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 def anchors(page: Path) -> set[str]:

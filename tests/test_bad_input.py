@@ -202,7 +202,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(swav, tmp_path: Path) -> None:
         ended = swav("--batch_size", "16", "--epochs", "2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert_refused(ended, "checkpoint.pth.tar", "could not be written", "intact", "free some space")
+    assert_refused(ended, "could not be written", "intact", "free some space")
     assert (tmp_path / "run" / "checkpoint.pth.tar").read_bytes() == good
     assert not list((tmp_path / "run").glob(".*.tmp")), "no leftovers"
     assert swav("--batch_size", "16", "--epochs", "2").code == 0

@@ -8,7 +8,7 @@ import torch
 from clusterssl import dist
 from clusterssl.batchnorm import CPUSyncBatchNorm, synchronise, unchanged_statistics
 from clusterssl.errors import UserError
-from clusterssl.rendezvous import find_place
+from clusterssl.rendezvous import find_place, ranks_per_node
 from tests.ranks import run_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -43,12 +43,12 @@ def test_place(env: dict[str, str], expected: tuple) -> None:
     ids=["alone", "torchrun", "srun", "another number in this step", "batch script without srun"],
 )
 def test_ranks_per_node(env: dict[str, str], expected: int) -> None:
-    assert dist.ranks_per_node(env) == expected
+    assert ranks_per_node(env) == expected
 
 
 def test_nodes_of_different_size_have_no_ranks_per_node() -> None:
     with pytest.raises(UserError, match=r"SLURM_TASKS_PER_NODE=8\(x2\),4: nodes differ"):
-        dist.ranks_per_node({**STEP, "SLURM_TASKS_PER_NODE": "8(x2),4"})
+        ranks_per_node({**STEP, "SLURM_TASKS_PER_NODE": "8(x2),4"})
 
 
 def test_no_gpu_where_one_is_asked_for() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from clusterssl import interfaces
 from clusterssl.errors import DataGone, UserError
 from clusterssl.files import first_line
-from clusterssl.rendezvous import Place, find_place, nodes, open_store
+from clusterssl.rendezvous import Place, find_place, nodes, open_store, ranks_per_node
 from clusterssl.rollcall import Note, call_roll, describe
 
 logger = logging.getLogger(__name__)
@@ -48,23 +48,6 @@ class World:
     def is_main(self) -> bool:
         """Whether this process writes logs and shared files."""
         return self.rank == 0
-
-
-def ranks_per_node(env: dict[str, str]) -> int:
-    """Processes of this run on each node, by torchrun's or Slurm's variables; 1 alone.
-
-    Raises:
-        UserError: the nodes have different numbers of them.
-    """
-    launcher = find_place(env).launcher
-    if launcher == "torchrun":
-        return int(env.get("LOCAL_WORLD_SIZE", "1"))
-    if launcher == "alone":
-        return 1
-    counts = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")  # such as 6(x11)
-    if "," in counts:
-        raise UserError(f"SLURM_TASKS_PER_NODE={counts}: nodes differ; give the images per rank with --batch_size")
-    return int(counts.partition("(")[0])
 
 
 def join(

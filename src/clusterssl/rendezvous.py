@@ -89,6 +89,23 @@ def _numbers(ranges: str) -> Iterable[str]:
         yield from (f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1))
 
 
+def ranks_per_node(env: dict[str, str]) -> int:
+    """Processes of this run on each node, by torchrun's or Slurm's variables; 1 alone.
+
+    Raises:
+        UserError: the nodes have different numbers of them.
+    """
+    launcher = find_place(env).launcher
+    if launcher == "torchrun":
+        return int(env.get("LOCAL_WORLD_SIZE", "1"))
+    if launcher == "alone":
+        return 1
+    counts = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")  # such as 6(x11)
+    if "," in counts:
+        raise UserError(f"SLURM_TASKS_PER_NODE={counts}: nodes differ; give the images per rank with --batch_size")
+    return int(counts.partition("(")[0])
+
+
 def nodes(env: dict[str, str]) -> list[str]:
     """Hosts of this Slurm step in the order of their ranks; empty outside Slurm."""
     return expand(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", ""))

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from clusterssl import config as cfg
-from clusterssl import dist
 from clusterssl.config import Size, require
 from clusterssl.data import MEAN, Augment, MultiCrop
 from clusterssl.errors import UserError
@@ -18,6 +17,7 @@ from clusterssl.models.build import resolve_stem
 from clusterssl.models.selfclassifier import SelfClassifierNet, build_selfclassifier
 from clusterssl.optim import decay_groups
 from clusterssl.options import DataOptions, ModelOptions, OptimOptions, num_views
+from clusterssl.rendezvous import ranks_per_node
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _optimisation(given: Given) -> list[str]:
 
 
 def _images_per_rank(per_node: list[str], env: dict[str, str]) -> str:
-    ranks = dist.ranks_per_node(env)
+    ranks = ranks_per_node(env)
     number = " ".join(per_node)
     fits = number.isdigit() and int(number) >= ranks
     require(fits, f"-b {number}: needs a number of images per node, at least one for each of its {ranks} ranks")

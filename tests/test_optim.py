@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from clusterssl import optim
 from clusterssl.models.selfclassifier import WeightNormLinear
 from clusterssl.optim import LARS, build_optimizer, decay_groups, warmup_cosine
 from tests.golden_files import Golden
@@ -14,6 +15,13 @@ LARC = Golden("larc_sgd")
 SCHEDULES = Golden("lr_schedules")
 
 
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(optim, "_in_turn", optim._together)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("case", ["basic", "big_wd", "float32", "groups"])
 def test_lars_follows_the_golden_trajectory(case: str) -> None:
     given = LARC.params(case)

@@ -16,8 +16,8 @@ class LARS(torch.optim.Optimizer):
     For each parameter p with gradient g and both norms non-zero:
         g <- trust * ||p|| / (||g|| + wd ||p|| + eps) * (g + wd p)
     and otherwise g stays as it is, without weight decay; then v <- momentum v + g, p <- p - lr v. This is what apex's
-    LARC (clip off) around torch's SGD computes, the optimiser of the published SwAV runs. All tensors of a dtype and
-    device are updated together by `torch._foreach` kernels, and nothing waits for the GPU.
+    LARC (clip off) around torch's SGD computes, the optimiser of the published SwAV runs. On a GPU all tensors of a
+    dtype are updated together by `torch._foreach` kernels, and nothing waits for it.
     """
 
     def __init__(
@@ -59,20 +59,38 @@ class LARS(torch.optim.Optimizer):
         adapted = (p_norm != 0) & (g_norm != 0)
         ratio = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + group["eps"])
         scale = torch.where(adapted, ratio, torch.ones_like(ratio))
-        updates = torch._foreach_mul(grads, list(scale.unbind()))
-        if decay != 0:
-            decays = torch.where(adapted, ratio * decay, torch.zeros_like(ratio))
-            torch._foreach_add_(updates, torch._foreach_mul(params, list(decays.unbind())))
-        momenta = self._momenta(params)
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, updates)
-        torch._foreach_add_(params, momenta, alpha=-group["lr"])
+        decays = torch.where(adapted, ratio * decay, torch.zeros_like(ratio))
+        apply = _in_turn if scale.device.type == "cpu" else _together
+        apply(params, grads, self._momenta(params), scale, decays, group)
 
     def _momenta(self, params: list[Tensor]) -> list[Tensor]:
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return [self.state[p]["momentum_buffer"] for p in params]
+
+
+def _in_turn(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], scale: Tensor, decays: Tensor,
+    group: dict[str, Any],
+) -> None:  # fmt: skip
+    """One tensor after the other, while it is in the processor's cache."""
+    for p, g, v, s, d in zip(params, grads, momenta, scale.tolist(), decays.tolist(), strict=True):
+        v.mul_(group["momentum"]).add_(g, alpha=s)
+        p.add_(v.add_(p, alpha=d) if d else v, alpha=-group["lr"])
+
+
+def _together(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], scale: Tensor, decays: Tensor,
+    group: dict[str, Any],
+) -> None:  # fmt: skip
+    """All tensors in a few kernels, whose factors never leave the device."""
+    updates = torch._foreach_mul(grads, list(scale.unbind()))
+    if group["weight_decay"] != 0:
+        torch._foreach_add_(updates, torch._foreach_mul(params, list(decays.unbind())))
+    torch._foreach_mul_(momenta, group["momentum"])
+    torch._foreach_add_(momenta, updates)
+    torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 
 def build_optimizer(

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from clusterssl import dist
+from clusterssl import run as run_module
 from clusterssl.dist import World
+from clusterssl.errors import UserError
 from clusterssl.run import Run
 from tests.ranks import run_ranks
 
@@ -79,3 +82,37 @@ def resume_damaged(rank: int, world_size: int, folder: str) -> int:
 
 def test_a_damaged_part_of_one_rank_sends_all_back(tmp_path: Path) -> None:
     assert run_ranks(resume_damaged, 2, str(tmp_path)) == [3, 3]
+
+
+def test_a_start_that_was_overtaken_writes_no_checkpoint(tmp_path: Path) -> None:
+    """The same command twice, or a rank that wakes after the job was started again, must remove nothing."""
+    runs = [Run(tmp_path, World()) for _ in range(2)]
+    runs[0].open("swav", {}, {}, frozenset())
+    runs[0].save({}, {"rows": torch.zeros(2)}, step=1)
+    runs[1].open("swav", {}, {}, frozenset())
+    assert (runs[1].load() or {})["step"] == 1
+    with pytest.raises(UserError, match="another start of this run has taken over"):
+        runs[0].save({}, {"rows": torch.zeros(2)}, step=5)
+    runs[1].save({}, {"rows": torch.ones(2)}, step=2)
+    state = Run(tmp_path, World()).load() or {}
+    assert state["step"] == 2 and state["sharded"]["rows"].tolist() == [1, 1]
+    for run in runs:
+        run.close()
+
+
+def read_other_steps(rank: int, world_size: int, folder: str) -> str:
+    run_module._WAITS_S = (0, 0.1)
+    run = Run(folder, World(rank, world_size))
+    run.save({}, {}, step=2)
+    if rank == 1:  # as with a cache that is behind
+        run._read = lambda path: {"step": 1}  # type: ignore[method-assign]
+    try:
+        run.load()
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_ranks_never_go_on_from_different_steps(tmp_path: Path) -> None:
+    told = run_ranks(read_other_steps, 2, str(tmp_path))
+    assert all("different steps, 1 to 2" in line for line in told), told

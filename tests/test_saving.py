@@ -53,8 +53,11 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: p
     assert run.saver.busy and not run.saver.failed
     assert values(tmp_path) == (3, 3.0), "it counts only when it is complete"
     gate.set()
-    run.saver.finish()
+    while run.saver.busy:
+        time.sleep(0.01)
     assert pulse.last() == at, "writing is no sign of life of training"
+    run.saver.finish()
+    assert pulse.last()[1] == "waiting for the checkpoint of step 4"
     assert not run.saver.busy and values(tmp_path) == (4, 4.0) and values(tmp_path, PREVIOUS) == (3, 3.0)
     loaded = Run(tmp_path, World()).load()
     assert loaded is not None and loaded["sharded"]["rows"][0] == 4.0

@@ -23,7 +23,6 @@ from clusterssl.rendezvous import Place, find_place, nodes, open_store, ranks_pe
 from clusterssl.rollcall import Note, call_roll, describe
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 GROUP_S = 10.0
@@ -229,10 +228,11 @@ def barrier() -> None:
 
 
 def raise_together(problem: UserError | None) -> None:
-    """Raise on all ranks if any has a problem: its own, or one of the same kind; a collective call."""
+    """Raise on all ranks if any has a problem: its own, or one of the gravest kind; a collective call."""
     kind = int(all_reduce_(torch.tensor((problem is not None) + isinstance(problem, DataGone)), "max"))
+    told = problem or UserError("another rank stopped the run; its message says why")
     if kind:
-        raise problem or (DataGone if kind == 2 else UserError)("another rank stopped the run; its message says why")
+        raise DataGone(str(told)) if kind == 2 else told
 
 
 class Agreement:

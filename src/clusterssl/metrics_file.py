@@ -25,7 +25,7 @@ class MetricsFile:
         """Write a record of plain values; what a full disk refuses is written later."""
         with self._lock:
             if self._file is None:
-                self._unwritten = b"\n" if _ends_within_line(self.path) else b""  # a kill may have cut the last line
+                self._unwritten = b"\n" if ends_within_line(self.path) else b""  # a kill may have cut the last line
                 self._file = self.path.open("ab", buffering=0)
             self._unwritten += (json.dumps({"time": round(time.time(), 3), **record}) + "\n").encode()
             with contextlib.suppress(OSError):  # a full disk stops the run when it saves, if it is full by then
@@ -38,9 +38,14 @@ class MetricsFile:
             OSError: they could not be written.
         """
         with self._lock:
-            if self._file is not None:
-                self._write()
-                os.fsync(self._file.fileno())
+            if self._file is None:
+                return
+            self._write()
+            copy = os.dup(self._file.fileno())
+        try:  # records are appended meanwhile: training must not wait for the disk
+            os.fsync(copy)
+        finally:
+            os.close(copy)
 
     def close(self) -> None:
         """Close the file."""
@@ -54,7 +59,8 @@ class MetricsFile:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
-def _ends_within_line(path: Path) -> bool:
+def ends_within_line(path: Path) -> bool:
+    """Whether the last line of a file was cut short."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from clusterssl import dist
-from clusterssl.errors import Stopped
+from clusterssl.errors import DataGone, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class StopRequest:
 
     SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C ask for a stop at the next step boundary, with a checkpoint. A second
     Ctrl-C ends at once. Handlers do nothing else: saving inside a handler could tear a save that is under way. When the
-    block ends as asked, by `Stopped`, further requests are ignored: they must not change the exit code that says so.
+    block ends with exit code 75, by `Stopped` or `DataGone`, further requests are ignored: they must not change it.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        stopped = kind is not None and issubclass(kind, Stopped)
+        stopped = kind is not None and issubclass(kind, (Stopped, DataGone))
         for number, handler in self._before.items():
             ignored = stopped and number in STOP_SIGNALS
             signal.signal(number, signal.SIG_IGN if ignored else handler)  # type: ignore[arg-type]
@@ -62,11 +62,11 @@ def requeue(received: str) -> None:
 
 
 def requeue_alone() -> None:
-    """As `requeue`, by a rank that cannot count on the others."""
+    """As `requeue`, by a rank that cannot count on the others; launchers have ways for rank 0 only, Slurm for all."""
     if not _in_job():
         return
     try:
-        _ask()
+        (_ask_slurm if "SLURM_JOB_ID" in os.environ else _ask)()
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("%s", _refused(error))
 

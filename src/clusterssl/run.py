@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.files import atomic_write, first_line, make_folder, read_whole
 from clusterssl.log import log_to_file
-from clusterssl.metrics_file import MetricsFile
+from clusterssl.metrics_file import MetricsFile, ends_within_line
 from clusterssl.saving import CURRENT, PREVIOUS, Saver, shard_path
 from clusterssl.shared_folder import why_not_shared
 
 logger = logging.getLogger(__name__)
+
+_WAITS_S = (0, 1, 2, 4, 8)
 
 
 class Run:
@@ -46,7 +49,8 @@ class Run:
         self.folder = Path(folder)
         self.world = world
         self._metrics = MetricsFile(self.folder / "metrics.jsonl")
-        self.saver = Saver(self.folder, world, self._metrics.sync)
+        self.saver = Saver(self.folder, world, self._before_save)
+        self._start = ""
 
     def open(self, method: str, config: dict[str, Any], facts: dict[str, Any], fixed: frozenset[str]) -> None:
         """Check that the directory is this run's or free, then record this start.
@@ -110,7 +114,9 @@ class Run:
             for leftover in self.folder.glob(pattern):
                 leftover.unlink(missing_ok=True)
         device = self.world.device
+        self._start = uuid.uuid4().hex
         start = {
+            "id": self._start,
             "time": time.time(),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "host": socket.gethostname(),
@@ -125,8 +131,10 @@ class Run:
             record = {"method": method, "config": config, "facts": facts, "argv": sys.argv, **start}
             text = json.dumps(record, indent=1) + "\n"
             atomic_write(self.folder / "run.json", lambda file: file.write(text.encode()))
-        with (self.folder / "launches.jsonl").open("a") as file:
-            file.write(json.dumps(start) + "\n")
+        launches = self.folder / "launches.jsonl"
+        torn = "\n" if ends_within_line(launches) else ""
+        with launches.open("a") as file:
+            file.write(torn + json.dumps(start) + "\n")
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl (rank 0)."""
@@ -162,12 +170,7 @@ class Run:
         for name in (CURRENT, PREVIOUS):
             if not dist.broadcast_object((self.folder / name).exists()):
                 continue
-            state, problem = {}, ""
-            try:
-                state = self._read(self.folder / name)
-            except UserError as error:
-                problem = str(error)
-            problem = dist.first_problem(problem)
+            state, problem = self._read_together(self.folder / name)
             if not problem:
                 if problems:
                     logger.warning("%s; falling back to %s", problems[0], name)
@@ -178,6 +181,27 @@ class Run:
             remedy = "there is no older checkpoint that can be read, remove the file to start from the beginning"
             raise UserError(f"{problems[0]}; {remedy}")
         return None
+
+    def _read_together(self, path: Path) -> tuple[dict[str, Any], str]:
+        """What this rank reads of a checkpoint, and what is wrong with it on any; waits for caches that are behind."""
+        steps: list[Any] = []
+        for seconds in _WAITS_S:
+            time.sleep(seconds)
+            state, problem = {}, ""
+            try:
+                state = self._read(path)
+            except (UserError, OSError, KeyError) as error:
+                problem = str(error)
+            problem, steps = dist.first_problem(problem), dist.gather_objects(state.get("step"))
+            if problem or len(set(steps)) == 1:
+                return state, problem
+        return {}, f"{path}: ranks read checkpoints of different steps, {min(steps)} to {max(steps)}"
+
+    def _before_save(self) -> None:
+        """What must be so before a checkpoint counts: records on the disk, and no later start of this run."""
+        self._metrics.sync()
+        if self._start and json.loads(_last_line(self.folder / "launches.jsonl")).get("id") != self._start:
+            raise UserError(f"{self.folder}: another start of this run has taken over; this one ends")
 
     def _read(self, path: Path) -> dict[str, Any]:
         state = read_whole(path)
@@ -205,6 +229,10 @@ class Run:
         """Complete a checkpoint under way and close the metrics file; no collective call."""
         self.saver.close()
         self._metrics.close()
+
+
+def _last_line(path: Path) -> str:
+    return path.read_text().splitlines()[-1]
 
 
 def _git() -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clusterssl import dist
+from clusterssl import dist, pulse
 from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.files import atomic_link, first_line, make_folder, save_checkpoint
@@ -97,8 +97,9 @@ class Saver:
         rows = {name: int(dist.all_reduce_(torch.tensor(len(tensor)))) for name, tensor in sharded.items()}
         facts = {"step": step, "shards": self.world.size if sharded else 0, "rows": rows}
         state = ({**shared, **facts} if self.world.is_main else {}, sharded)
-        self._save = _Save(self, self.snapshots.take(state) if copy else state, step, keep_as)
-        self._save.start()
+        save = _Save(self, self.snapshots.take(state) if copy else state, step, keep_as)
+        save.start()
+        self._save = save
 
     def finish(self) -> None:
         """Wait until the save under way, if any, is complete on all ranks; a collective call.
@@ -109,6 +110,7 @@ class Saver:
         save, self._save = self._save, None
         if save is None:
             return
+        pulse.beat(f"waiting for the checkpoint of step {save.step}")
         try:
             save.written.wait()
             save.raise_first()
@@ -122,9 +124,9 @@ class Saver:
         save, self._save = self._save, None
         if save is None:
             return
-        save.written.wait()
+        save.written.wait(_PATIENCE_S)
         save.join(_PATIENCE_S + save.seconds)
-        save.end()
+        save.end(_PATIENCE_S)
         if save.problem:
             logger.warning("the checkpoint of step %d was not completed: %s", save.step, save.problem)
 
@@ -162,7 +164,7 @@ class _Save(threading.Thread):
     """One save of one rank."""
 
     def __init__(self, saver: Saver, state: tuple[dict[str, Any], dict[str, Tensor]], step: int, keep_as: str) -> None:
-        super().__init__(name="checkpoint writer")
+        super().__init__(name="checkpoint writer", daemon=True)
         self.step, self.problem, self.seconds = step, "", 0.0
         self.written = threading.Event()
         """this rank's part is done, well or not, and reported"""
@@ -172,10 +174,10 @@ class _Save(threading.Thread):
         self._store, self._key = dist.store(), f"save{next(_numbers)}"
         self._wait_no_longer = threading.Event()
 
-    def end(self) -> None:
+    def end(self, timeout: float | None = None) -> None:
         """Wait for no rank that has not reported, and be over."""
         self._wait_no_longer.set()
-        self.join()
+        self.join(timeout)
 
     def raise_first(self) -> None:
         """Raise on all ranks what went wrong on any; a collective call."""
@@ -189,6 +191,7 @@ class _Save(threading.Thread):
     def run(self) -> None:
         began = time.monotonic()
         try:
+            self._guarded(self._take_device)
             self._guarded(self._write_shard)
             self._guarded(self._report)
             self.seconds = time.monotonic() - began
@@ -210,6 +213,10 @@ class _Save(threading.Thread):
         except Exception as error:
             self._defect = error
             self.problem = f"{folder}: the checkpoint of step {self.step} failed ({first_line(error)})"
+
+    def _take_device(self) -> None:
+        if self._saver.world.device.type == "cuda":  # each thread has a current one, the first at its start
+            torch.cuda.set_device(self._saver.world.device)
 
     def _write_shard(self) -> None:
         world = self._saver.world

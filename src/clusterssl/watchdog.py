@@ -18,6 +18,8 @@ from clusterssl.preemption import requeue_alone
 
 logger = logging.getLogger(__name__)
 
+_TELLING_S = 5.0
+
 
 @contextlib.contextmanager
 def watching(minutes: float, rank: int) -> Iterator[None]:
@@ -45,10 +47,19 @@ def _watch(limit: float, rank: int, done: threading.Event) -> None:
         at, place = pulse.last()
         still = time.monotonic() - at
         if still > limit:
-            logger.error(
-                "rank %d on %s: nothing has moved for %.3g minutes (--hang_minutes %.3g), last at %s; its threads:",
-                rank, socket.gethostname(), still / 60, limit / 60, place,
-            )  # fmt: skip
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
-            requeue_alone()
-            os._exit(EXIT_STOPPED)
+            _end(
+                f"rank {rank} on {socket.gethostname()}: nothing has moved for {still / 60:.3g} minutes "
+                f"(--hang_minutes {limit / 60:.3g}), last at {place}; its threads:"
+            )
+
+
+def _end(message: str) -> None:
+    """Say it, ask for the requeue, end; nothing that hangs or fails here may keep the process alive."""
+    try:
+        teller = threading.Thread(target=logger.error, args=("%s", message), daemon=True)
+        teller.start()
+        teller.join(_TELLING_S)  # the log may lie on the file system that hangs
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        requeue_alone()
+    finally:
+        os._exit(EXIT_STOPPED)

@@ -62,7 +62,7 @@ def record(root: Path) -> Recorder:
 
 def problem(folder: Path, promised: list[int], coming: int | None) -> str:
     """What is wrong with a run directory after a power cut; empty if nothing is."""
-    allowed = {promised[-1] if promised else None, coming}
+    allowed = {promised[-1] if promised else None} | ({coming} if coming is not None else set())
     for rank in range(RANKS):
         try:
             state = Run(folder, World(rank, RANKS)).load() if folder.exists() else None

@@ -97,9 +97,13 @@ class PackedSource:
 
     def _read(self, i: int) -> NDArray[np.uint8]:
         data = np.empty(int(self._size[i]), dtype=np.uint8)
-        shard = int(self._shard[i])
+        shard, count = int(self._shard[i]), 0
         try:
-            count = os.preadv(self._file(shard), [data.data], int(self._offset[i])) if len(data) else 0
+            while count < len(data):
+                got = os.preadv(self._file(shard), [data.data[count:]], int(self._offset[i]) + count)
+                count += got
+                if not got:
+                    break
         except OSError as error:
             self._close(shard)  # a file handle may be stale where the file is not
             raise BadImageError(f"{shard_name(shard)} cannot be read: {error.strerror or error}") from error

@@ -79,6 +79,7 @@ class Plan:
         workers = min(self.config.data.workers, os.cpu_count() or 1) if not self.job.gpu else self.config.data.workers
         process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         held = {"Python and PyTorch": process, "batches ready": (PREFETCH * workers + 2) * batch}
+        held["copy while a checkpoint is written"] = sum(self.rehearsed.files.values())
         return held | ({"features of all images": self.between.host} if self.between and self.between.host else {})
 
     def problems(self) -> list[str]:
@@ -148,8 +149,9 @@ class Plan:
             yield Row("disk", name, size(nbytes), f"one for each of {ranks} ranks" if "rank" in name else "")
         every, epochs = self.config.run.checkpoint_freq, self.config.optim.epochs
         kept = 1 + (math.ceil(epochs / every) if every > 0 else 0)
-        total = 2 * whole + kept * files["checkpoint.pth.tar"]
-        yield Row("disk", "run directory", size(total), f"this checkpoint, the one before, at most {kept} kept ones")
+        total = 3 * whole + kept * files["checkpoint.pth.tar"]
+        told = f"this checkpoint, the one before, the next while it is written, at most {kept} kept ones"
+        yield Row("disk", "run directory", size(total), told)
 
     def _time(self) -> Iterator[Row]:
         if not self.speeds:

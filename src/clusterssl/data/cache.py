@@ -29,15 +29,13 @@ _USABLE = 0.8
 """share of the free memory that a cache may take"""
 
 
-class CachedSource:
-    """A source whose images are decoded once; those of another size than the first are decoded every time."""
+class _Cache:
+    """What a source with a cache has of the source."""
 
-    def __init__(self, inner: Any, shape: tuple[int, ...]) -> None:
+    def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.classes: list[str] = inner.classes
         self.labels: NDArray[np.int64] = inner.labels
-        self._shape = shape
-        self._allocate()
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -49,6 +47,15 @@ class CachedSource:
     def file_bytes(self, i: int) -> int:
         """Size of the file of image i."""
         return self.inner.file_bytes(i)
+
+
+class CachedSource(_Cache):
+    """A source whose images are decoded once; those of another size than the first are decoded every time."""
+
+    def __init__(self, inner: Any, shape: tuple[int, ...]) -> None:
+        super().__init__(inner)
+        self._shape = shape
+        self._allocate()
 
     def load(self, i: int) -> Tensor:
         """Image i, uint8 [3, H, W]; may be a view of the cache, not to be written to."""
@@ -75,28 +82,15 @@ class CachedSource:
         self.__init__(state["inner"], state["shape"])  # type: ignore[misc]
 
 
-class CachedFiles:
+class CachedFiles(_Cache):
     """A source whose files are read once and decoded every time: they take a tenth of the memory of their pixels."""
 
     def __init__(self, inner: Any) -> None:
         """Args: a source of files with `file_bytes` and `read`."""
-        self.inner = inner
-        self.classes: list[str] = inner.classes
-        self.labels: NDArray[np.int64] = inner.labels
+        super().__init__(inner)
         self._ends = np.cumsum([_size(inner, i) for i in range(len(inner))], dtype=np.int64)
         _check_memory(int(self._ends[-1]))
         self._allocate()
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def name(self, i: int) -> str:
-        """Name of image i."""
-        return self.inner.name(i)
-
-    def file_bytes(self, i: int) -> int:
-        """Size of the file of image i."""
-        return self.inner.file_bytes(i)
 
     def load(self, i: int) -> Tensor:
         """Decodes image i, uint8 [3, H, W]."""

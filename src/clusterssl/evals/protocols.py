@@ -134,15 +134,15 @@ class Comparison:
         """
         row, folder = self.rows.setdefault(name, {}), str(Path(setup.dump_path) / name)
         try:
-            setup.of(pretrained, folder)
+            own = setup.of(pretrained, folder)
         except UserError as error:
             self.failures.append(f"{name}: {error}")
             logger.warning("%s: %s", name, error)
             return
-        for protocol in options.protocols:
+        for number, protocol in enumerate(options.protocols):
             logger.info("=== %s: %s", name, protocol)
             try:
-                own = setup.of(pretrained, folder)
+                own = own.reopened() if number else own
                 for kind, record, columns in PROTOCOLS[protocol](own, options):
                     own.record(kind, record)
                     self.records.append({"checkpoint": name, "protocol": protocol, **record})

@@ -1,8 +1,8 @@
 """k-means over the rows of all ranks: spherical (DeepCluster-v2) and Euclidean (DeepCluster).
 
 One iteration is a search for the nearest centroid of every row, block by block; sums and counts of the clusters in
-float64; and one all-reduce of K x (D + 1) numbers. No N x K matrix is held, and any number of ranks gives what one rank
-gives.
+float64; and one all-reduce of K x (D + 1) numbers (`cluster.lloyd`). No N x K matrix is held, and any number of ranks
+gives what one rank gives.
 
 A centroid that no row is nearest to is *empty*. With `kmeans_empty="split"`, the default, no cluster ends empty (the
 rule is in `cluster.empty`): an empty cluster would be a prototype that no image is ever trained towards. With "keep" an
@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clusterssl import dist, pulse
-from clusterssl.cluster.cores import MOST, on_cores
+from clusterssl.cluster.coarse import ELEMENTS, FEWEST
+from clusterssl.cluster.cores import MOST
 from clusterssl.cluster.empty import fill_empty, split_largest
-from clusterssl.cluster.nearest import SEARCHES, Target, block_rows, import_faiss
+from clusterssl.cluster.lloyd import BLOCK, Lloyd, Step
+from clusterssl.cluster.nearest import Target, block_rows, import_faiss
 from clusterssl.cluster.rows import GlobalRows
 from clusterssl.cluster.seeding import SAMPLE, plus_plus, random_rows
 from clusterssl.config import require
@@ -35,7 +37,6 @@ from clusterssl.errors import UserError
 logger = logging.getLogger(__name__)
 
 _ROWS = 2**14
-_SMALL = 2**20
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -122,14 +123,16 @@ def memory_estimate(
 ) -> int:
     """Bytes that k-means takes on one rank at its peak, beside the rows of that rank.
 
-    For each core scores and float64 rows of a block, float64 sums, and 8 MB of workspace of the matrix product; sums,
-    their update and two sets of centroids; of each row number, order, label and score of two searches, length, and
-    what drawing its random number takes; with k-means++ its sample.
+    For each core scores of a block in float32 and bfloat16, copies of the rows selected from at once, float64 sums, and
+    8 MB of workspace of the matrix product; sums, their update and the centroids of two steps; of each row number,
+    order, label, score, length, and what drawing its random number takes; with k-means++ its sample.
     """
     block = min(block_rows(clusters, device), rows)
     cores = min(torch.get_num_threads(), MOST) if device.type == "cpu" else 1
-    of_core = block * (clusters * number_bytes + (dim + 1) * 16) + (clusters + 1) * (dim + 1) * 16 + 2**23
-    centroids = (clusters + 1) * (dim + 1) * (16 + 3 * number_bytes)
+    rounded = 3 * max(ELEMENTS, FEWEST * clusters) if device.type == "cpu" else 0
+    selected = min(BLOCK, rows) * dim * (4 * number_bytes + 8)
+    of_core = block * clusters * number_bytes + rounded + selected + clusters * dim * 16 + 2**23
+    centroids = (clusters + 1) * (dim + 1) * (32 + 6 * number_bytes)
     sample = SAMPLE * clusters * dim * number_bytes if init == "kmeans++" else 0
     return cores * of_core + centroids + sample + rows * (2 * 8 + 2 * (8 + number_bytes) + number_bytes + 10 * 8)
 
@@ -166,14 +169,6 @@ class _Problem:
         return self.square_sum - 2 * score_sum + float(self.spherical) * self.rows.total
 
 
-class _Found(NamedTuple):
-    labels_N: Tensor
-    scores_N: Tensor
-    sums_KD: Tensor
-    counts_K: Tensor
-    inertia: float
-
-
 @torch.no_grad()
 def _kmeans(problem: _Problem, clusters: int | Tensor, options: KMeansOptions, seed: int, draw: int) -> Clusters:
     rows, number = problem.rows, clusters if isinstance(clusters, int) else len(clusters)
@@ -185,15 +180,16 @@ def _kmeans(problem: _Problem, clusters: int | Tensor, options: KMeansOptions, s
     else:
         start = plus_plus if options.kmeans_init == "kmeans++" else random_rows
         centroids_KD = start(rows, number, seed, draw)
+    lloyd = Lloyd(rows.x_ND, problem.target, options.kmeans_backend)
     inertia, began = [], time.monotonic()
     for _ in range(options.kmeans_iters):
         pulse.tick()
-        found = _search(problem, centroids_KD, options, learn=True)
+        found = lloyd.step(centroids_KD, learn=True)
         centroids_KD = _updated(problem, found, centroids_KD, options)
-        inertia.append(found.inertia)
+        inertia.append(problem.inertia(found.score_sum))
         began = _progress(began, inertia, options)
-    found = _search(problem, centroids_KD, options, learn=False)
-    inertia.append(found.inertia)
+    found = lloyd.step(centroids_KD, learn=False)
+    inertia.append(problem.inertia(found.score_sum))
     counts_K = found.counts_K
     if options.kmeans_empty == "split":
         distances_N = problem.distances(found.scores_N)
@@ -201,36 +197,7 @@ def _kmeans(problem: _Problem, clusters: int | Tensor, options: KMeansOptions, s
     return Clusters(found.labels_N, centroids_KD, counts_K, inertia)
 
 
-def _search(problem: _Problem, centroids_KD: Tensor, options: KMeansOptions, *, learn: bool) -> _Found:
-    """Nearest centroids of this rank's rows; counts, total score and (with `learn`) sums of clusters over all ranks."""
-    x_ND, target = problem.rows.x_ND, problem.target(centroids_KD)
-    clusters, dim = centroids_KD.shape
-    labels_N = torch.empty(len(x_ND), dtype=torch.int64, device=x_ND.device)
-    scores_N = x_ND.new_empty(len(x_ND))
-    search = SEARCHES[options.kmeans_backend]
-
-    def of_share(start: int, stop: int) -> Tensor:
-        """Counts and sums [K + 1, 1 + D] of these rows, float64, in the last row their total score."""
-        packed = torch.zeros(clusters + 1, 1 + dim * learn, dtype=torch.float64, device=x_ND.device)
-        with torch.no_grad(), torch.autocast(x_ND.device.type, enabled=False):
-            for block, labels_n, scores_n in search(x_ND[start:stop], target):
-                part = slice(start + block.start, start + block.stop)
-                labels_N[part], scores_N[part] = labels_n, scores_n
-                ones_and_rows = packed.new_ones(len(labels_n), packed.shape[1])
-                if learn:
-                    ones_and_rows[:, 1:] = x_ND[part]
-                packed.index_add_(0, labels_n, ones_and_rows)
-        packed[-1, 0] = scores_N[start:stop].double().sum()
-        return packed
-
-    several = options.kmeans_backend == "torch" and x_ND.device.type == "cpu" and len(x_ND) * clusters > _SMALL
-    shares = on_cores(of_share, len(x_ND)) if several else [of_share(0, len(x_ND))]
-    packed = dist.all_reduce_(torch.stack(shares).sum(0) if several else shares[0])
-    score_sum = float(packed[-1, 0])
-    return _Found(labels_N, scores_N, packed[:-1, 1:], packed[:-1, 0].long(), problem.inertia(score_sum))
-
-
-def _updated(problem: _Problem, found: _Found, centroids_KD: Tensor, options: KMeansOptions) -> Tensor:
+def _updated(problem: _Problem, found: Step, centroids_KD: Tensor, options: KMeansOptions) -> Tensor:
     """Means of the clusters, as new centroids."""
     means_KD = found.sums_KD / found.counts_K.clamp(min=1)[:, None]
     new_KD = torch.where(found.counts_K[:, None] > 0, means_KD.to(centroids_KD), centroids_KD)

@@ -5,19 +5,23 @@ Shape suffixes: N rows, n rows of a block, K centroids, D dimension.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clusterssl.cluster.coarse import ELEMENTS, FEWEST, Coarse, Workspace, best_of, candidates, coarse, supported
 from clusterssl.errors import UserError
 
 Found = Iterator[tuple[slice, Tensor, Tensor]]
 """per block: which rows, the nearest centroid of each (int64 [n]) and its score [n]"""
 
 
-class Target(NamedTuple):
+@dataclass(frozen=True)
+class Target:
     """Centroids to search among: the nearest to a row x is the one of highest (x - shift) . c - offset."""
 
     centroids_KD: Tensor
@@ -29,6 +33,18 @@ class Target(NamedTuple):
     def near(self, x_nD: Tensor) -> Tensor:
         """Rows relative to the origin."""
         return x_nD if self.shift_D is None else x_nD - self.shift_D
+
+    def scores(self, near_nD: Tensor, labels_n: Tensor) -> Tensor:
+        """Of each row, relative to the origin, with one centroid."""
+        score_n = torch.linalg.vecdot(near_nD, self.centroids_KD[labels_n])
+        return score_n if self.offset_K is None else score_n - self.offset_K[labels_n]
+
+    @functools.cached_property
+    def coarse(self) -> Coarse | None:
+        """The centroids in bfloat16, where a search profits from it."""
+        exact_KD = self.centroids_KD
+        fit = exact_KD.device.type == "cpu" and exact_KD.dtype == torch.float32 and len(exact_KD) >= FEWEST
+        return coarse(exact_KD, self.offset_K) if fit and supported() else None
 
 
 Search = Callable[[Tensor, Target], Found]
@@ -45,12 +61,21 @@ def block_rows(clusters: int, device: torch.device) -> int:
 
 def search_torch(x_ND: Tensor, target: Target) -> Found:
     """Search by matrix products; of equal scores the first centroid wins."""
-    clusters = len(target.centroids_KD)
-    size = block_rows(clusters, x_ND.device)
-    scores_nK = x_ND.new_empty(min(size, len(x_ND)), clusters)
+    clusters, scores_nK = len(target.centroids_KD), x_ND.new_empty(0)
+    rounded = target.coarse if len(x_ND) >= FEWEST else None
+    size = max(FEWEST, ELEMENTS // clusters) if rounded else block_rows(clusters, x_ND.device)
+    space = Workspace(min(size, len(x_ND)), clusters if rounded else 0)
     for start in range(0, len(x_ND), size):
         rows = slice(start, min(start + size, len(x_ND)))
-        out_nK = torch.mm(target.near(x_ND[rows]), target.centroids_KD.T, out=scores_nK[: rows.stop - start])
+        near_nD = target.near(x_ND[rows])
+        pairs = candidates(near_nD, rounded, space) if rounded else None
+        if pairs is not None:
+            row_P, centroid_P = pairs
+            yield rows, *best_of(*pairs, target.scores(near_nD[row_P], centroid_P), len(near_nD))
+            continue
+        if not len(scores_nK):
+            scores_nK = x_ND.new_empty(min(size, len(x_ND)), clusters)
+        out_nK = torch.mm(near_nD, target.centroids_KD.T, out=scores_nK[: rows.stop - start])
         if target.offset_K is not None:
             out_nK -= target.offset_K
         labels_n = _argmax(out_nK)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.chaos.harness import RANKS, Life, Story, endure, saved_step
 
-HANG = ("--hang_minutes", "0.1")
+HANG = ("--hang_minutes", "0.2")
 
 
 def killed(folder: Path, chance: Random, kills: int) -> Story:

@@ -203,7 +203,7 @@ class _Queue:
     """Takes the place of the class whose instance Self-Classifier's files hold beside the weights; runs nothing."""
 
 
-_Queue.__module__, _Queue.__qualname__ = "utils", "NNQueue"
+_Queue.__module__, _Queue.__qualname__, _Queue.__name__ = "utils", "NNQueue", "NNQueue"  # torch 2.6 looks at the last
 
 
 def _why_refused(error: Exception) -> str:

@@ -172,7 +172,11 @@ def test_heads_go_along(tmp_path: Path, name: str, method: str) -> None:
     network = networks()[method]
     of(network, "conv4w4", "small")
     whole = Exported(network.backbone, "conv4w4", "small", (24, 24), network=network.eval())
-    (path,) = export(whole, [name], tmp_path)
+    try:
+        (path,) = export(whole, [name], tmp_path)
+    except UserError as error:
+        old = name == "onnx" and torch.__version__ < torch.torch_version.TorchVersion("2.7")
+        pytest.skip(str(error)) if old and "cannot translate" in str(error) else pytest.fail(str(error))
     rows = images("rows", 5, 3, 24, 24).float()  # not the number of the example in the file
     read = FORMATS[name].load(whole, path)
     assert read is not None

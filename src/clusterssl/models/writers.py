@@ -6,6 +6,7 @@ Optional libraries (timm, safetensors, onnx, onnxruntime) are imported where the
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import torchvision
 from torch import Tensor, nn
 
 from clusterssl.errors import UserError
+from clusterssl.files import first_line
 from clusterssl.models.build import build_backbone
 from clusterssl.models.card import hub_config, model_card
 from clusterssl.models.exported import (
@@ -142,13 +144,23 @@ def write_onnx(exported: Exported, path: Path) -> None:
     names = ["features", *(f"scores{i}" for i in range(len(exported.outputs(example)) - 1))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            exported.module.eval(), (example,), dynamo=True, verbose=False, input_names=["images"], output_names=names,
-            dynamic_shapes=({0: torch.export.Dim("rows")},),
-        )  # fmt: skip
+        try:
+            program = torch.onnx.export(
+                exported.module.eval(), (example,), dynamo=True, verbose=False, input_names=["images"],
+                output_names=names, dynamic_shapes=({0: torch.export.Dim("rows")},),
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            raise UserError(_untranslated(error.__cause__ or error)) from error
     if program is None:
-        raise UserError("--format onnx: torch could not translate this network")
+        raise UserError(_untranslated(None))
     program.save(str(path))
+
+
+def _untranslated(error: BaseException | None) -> str:
+    """Exporter and onnxscript come from different houses, and only those of the same year understand each other."""
+    pair = f"torch {torch.__version__} with onnxscript {importlib.metadata.version('onnxscript')}"
+    why = f" ({first_line(error)})" if error else ""
+    return f"--format onnx: {pair} cannot translate this network{why}; take versions of one time, or torchscript"
 
 
 def load_onnx(exported: Exported, path: Path) -> Features | None:

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -28,18 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from record import write_result
 from torch import nn
+from trained import ROOT, K, better, untrained
 
 from clusterssl import config as cfg
 from clusterssl.data import eval_batches, open_source
 from clusterssl.evals.baselines import Pixels
-from clusterssl.evals.features import calibrate_batchnorm, extract
+from clusterssl.evals.features import extract
 from clusterssl.evals.knn import knn_accuracy
 from clusterssl.models.build import build_model
 from clusterssl.models.weights import published_state_dict, read_weights
 from clusterssl.optim import warmup_cosine
 
-ROOT = Path(__file__).resolve().parents[1]
-SIZE, K = (32, 32), 20
+SIZE = (32, 32)
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,11 @@ def save(model: nn.Module, folder: Path, about: dict) -> Path:
     return path
 
 
-def untrained(flags: dict, about: dict, options: Options, seed: int) -> list[Path]:
-    """The network of a run before training: as initialised, and with calibrated BatchNorm."""
-    torch.manual_seed(seed)
-    model = build_model(about["arch"], about["stem"], flags["hidden_mlp"], flags["feat_dim"], flags["nmb_prototypes"])
-    folder = Path(options.folder)
-    raw = save(model, folder / f"untrained-{seed}", about)
+def before_training(about: dict, options: Options, seed: int) -> list[Path]:
+    """The network of a run before training: as initialised, and with BatchNorm set on a tenth of the images."""
     source = open_source(options.data_path, split="train")
-    batches = eval_batches(source, range(0, len(source), 10), image_size=SIZE, batch_size=500)
-    calibrate_batchnorm(model.backbone, (batch.images for batch in batches))
-    return [raw, save(model, folder / f"calibrated-{seed}", about)]
+    batches = partial(eval_batches, source, range(0, len(source), 10), image_size=SIZE, batch_size=500)
+    return untrained(about, lambda: (batch.images for batch in batches()), Path(options.folder), seed)
 
 
 def train_lightly(flags: dict, about: dict, options: Options, seed: int, seconds: float) -> tuple[Path, dict]:
@@ -187,8 +183,8 @@ def main() -> None:
         record = json.loads((folder / "run.json").read_text())
         flags = {**record["config"], **record["facts"]}
         about = read_weights(str(folder / "checkpoint.pth.tar"))[1]
-        before = [scores(path, options) for path in untrained(flags, about, options, seed)]
-        rows["untrained"].append({key: max(one[key] for one in before) for key in before[0]})
+        before = [scores(path, options) for path in before_training(about, options, seed)]
+        rows["untrained"].append(better(before))
         path, came = train_lightly(flags, about, options, seed, seconds)
         rows["lightly"].append({**scores(path, options), **came, "cpu_seconds": seconds})
         rows["ours"].append(

@@ -15,11 +15,10 @@ the better of the network as initialised and with its BatchNorm statistics set o
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -27,18 +26,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from record import write_result
+from trained import ROOT, accuracies, better, run_with_costs, untrained
 
 from clusterssl import config as cfg
 from clusterssl.data import eval_batches, open_source
-from clusterssl.errors import UserError
 from clusterssl.evals.clustering import agreement
-from clusterssl.evals.features import calibrate_batchnorm
 from clusterssl.files import read_checkpoint
-from clusterssl.models.build import build_model
-from clusterssl.models.weights import model_from_weights, published_state_dict
+from clusterssl.models.weights import model_from_weights
 
-ROOT = Path(__file__).resolve().parents[1]
-SIZE, K = (32, 32), 20
+SIZE = (32, 32)
+NETWORK = {"arch": "conv4", "stem": "small", "size_crops": [list(SIZE)], "hidden_mlp": 256, "feat_dim": 64}
+NETWORK["nmb_prototypes"] = 100
 COMMON = "--arch conv4 --size_crops 32 --optimizer adamw --batch_size 256 --workers 0 --device cpu"
 VIEWS = "--nmb_crops 2 --min_scale_crops 0.4 --max_scale_crops 1 --color_jitter 0.3 --blur_p 0"
 HEAD = "--hidden_mlp 256 --feat_dim 64 --warmup_epochs 1 --base_lr 3e-3 --start_warmup 0 --final_lr 0"
@@ -113,57 +111,24 @@ def words_of(name: str, seed: int, options: Options) -> list[str]:
 def train(name: str, seed: int, options: Options) -> tuple[Path, dict[str, float]]:
     """Run a method; returns its checkpoint, crops per second, CPU time and peak memory in MiB."""
     folder = Path(options.folder) / f"{name}-{seed}"
-    costs = folder / "costs.json"
-    if not costs.exists():
-        script, *words = words_of(name, seed, options)
-        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen([sys.executable, str(ROOT / script), *words], env=alone)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise UserError(f"{name} with seed {seed} ended with exit code {process.returncode}; see above")
-        worked = used.ru_utime + used.ru_stime
-        costs.write_text(json.dumps({"cpu_seconds": worked, "memory_mib": used.ru_maxrss / 1024}))
-    found, run = json.loads(costs.read_text()), json.loads((folder / "run.json").read_text())
+    script, *words = words_of(name, seed, options)
+    found = run_with_costs([sys.executable, str(ROOT / script), *words], folder)
+    run = json.loads((folder / "run.json").read_text())
     steps = read_checkpoint(folder / "checkpoint.pth.tar")["step"]
     crops = steps * run["facts"]["global_batch"] * sum(run["config"]["nmb_crops"])
-    rate = crops / found["cpu_seconds"]
-    return folder / "checkpoint.pth.tar", {"crops_per_s": rate, **found}
+    return folder / "checkpoint.pth.tar", {"crops_per_s": crops / found["cpu_seconds"], **found}
 
 
-def untrained(seed: int, options: Options) -> list[Path]:
-    """The network before training: as initialised, and with calibrated BatchNorm."""
-    paths = []
+def before_training(seed: int, options: Options) -> list[Path]:
+    """The network as initialised, and with calibrated BatchNorm."""
     source = open_source(data_of(options), split="train")
-    for calibrated in (False, True):
-        torch.manual_seed(seed)
-        model = build_model("conv4", "small", 256, 64, 100)
-        if calibrated:
-            calibrate_batchnorm(
-                model.backbone, (batch.images for batch in eval_batches(source, image_size=SIZE, batch_size=500))
-            )
-        paths.append(Path(options.folder) / f"untrained-{seed}-{calibrated}" / "network.pth")
-        paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        about = {"arch": "conv4", "stem": "small", "size_crops": [list(SIZE)], **model.record()}
-        torch.save({"state_dict": published_state_dict(model), "model": about}, paths[-1])
-    return paths
+    batches = partial(eval_batches, source, image_size=SIZE, batch_size=500)
+    return untrained(NETWORK, lambda: (batch.images for batch in batches()), Path(options.folder), seed)
 
 
-def accuracies(path: Path, options: Options) -> dict[str, float]:
-    """k-NN and linear accuracy by our evaluation scripts, in percent."""
-    found = {}
-    for name, script, more in (
-        ("knn", "eval_knn", ["--nb_knn", str(K)]),
-        ("linear", "eval_linear", ["--epochs", "20"]),
-    ):
-        written = path.parent / script / "evaluations.jsonl"
-        command = [sys.executable, str(ROOT / f"{script}.py"), "--data_path", data_of(options), "--device", "cpu"]
-        command += ["--pretrained", str(path), "--dump_path", str(path.parent / script), "--workers", "0", *more]
-        command += ["--val_split", test_split(options)]
-        if not written.exists():
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        found[name] = float(json.loads(written.read_text().splitlines()[-1])["top1"])
-    return found
+def scores(path: Path, options: Options) -> dict[str, float]:
+    """k-NN and linear accuracy in percent."""
+    return accuracies(path, data_of(options), test_split(options))
 
 
 @torch.no_grad()
@@ -181,11 +146,11 @@ def main() -> None:
     cfg.require(not unknown, f"--methods {' '.join(sorted(unknown))}: unknown; there are {', '.join(METHODS)}")
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("Untrained", *options.methods)}
     for seed in options.seeds:
-        before = [accuracies(path, options) for path in untrained(seed, options)]
-        rows["Untrained"].append({key: max(one[key] for one in before) for key in before[0]})
+        before = [scores(path, options) for path in before_training(seed, options)]
+        rows["Untrained"].append(better(before))
         for name in options.methods:
             path, costs = train(name, seed, options)
-            rows[name].append({**accuracies(path, options), **clusters(path, options), **costs})
+            rows[name].append({**scores(path, options), **clusters(path, options), **costs})
             print(seed, name, {key: round(value, 2) for key, value in rows[name][-1].items()}, flush=True)
         report(options, rows)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import runpy
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,3 +85,36 @@ def test_every_published_command_line_starts(
         cfg.entry(MAINS[script].main)
     assert end.value.code == 0, capsys.readouterr()
     assert max(record.get("step", 0) for record in metrics(tmp_path)) == 2
+
+
+def page_commands() -> list[str]:
+    """Commands of the page of recipes, one line each."""
+    text = (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.S | re.M)
+    return [" ".join(line.split()) for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def presets() -> Iterator[dict[str, Any]]:
+    """Those that bench/recipes.py runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "bench"))
+        yield runpy.run_path(str(ROOT / "bench" / "recipes.py"))["PRESETS"]
+
+
+def test_the_page_quotes_what_the_bench_runs(presets: dict[str, Any]) -> None:
+    quoted = page_commands()
+    for preset in presets.values():
+        assert preset.ours in quoted and preset.supervised in quoted
+
+
+@pytest.mark.parametrize("line", page_commands())
+def test_every_command_of_the_page_parses(line: str) -> None:
+    words = shlex.split(line)
+    script = next(word for word in words if word.endswith((".py", ".sh")))
+    given = words[words.index(script) + 1 :]
+    if script.endswith(".sh"):
+        main, flags = flags_of(ROOT / script)
+        assert cfg.parse(MAINS[main].Config, [*flags, *given])
+    else:
+        assert cfg.parse(importlib.import_module(script.removesuffix(".py")).Config, given)

@@ -28,6 +28,40 @@ def test_one_lucky_step_at_the_end_is_not_learning(tmp_path: Path) -> None:
     assert verdict(read_run(write_run(tmp_path / "run", curve=curve)))[0].kind == "bad"
 
 
+def falling(ranks: list[float], *, prototypes: int = 60, end: float = 0.8) -> list[tuple[str, str]]:
+    """Remarks about a run whose loss ends at `end` ln K and whose effective rank takes this course."""
+    level = math.log(prototypes)
+    steps = [
+        {"step": at, "loss": level * (1 + (end - 1) * at / len(ranks)), "ln_k": level, "rankme": rank}
+        for at, rank in enumerate(ranks, 1)
+    ]
+    return [tuple(remark) for remark in verdict(RunRecord(Path("r"), "r", steps=steps))]  # type: ignore[misc]
+
+
+def test_too_large_a_learning_rate_is_named_by_the_directions_it_costs() -> None:
+    """Courses of measured runs on the digits: 23.4 directions untrained; rates 0.3, 0.1 and 0.003."""
+    kinds, texts = zip(*falling([23.4, 9.0, 3.1, *[3.8] * 20]), strict=True)
+    assert kinds == ("good", "bad") and "from 23 directions at the first step to 4" in texts[1]
+    assert texts[1].endswith("Try a lower --base_lr.")
+    for course in ([23.4, 4.2, *[6.2] * 20], [23.4, 14.0, *[16.5] * 20]):
+        assert [kind for kind, _ in falling(course)] == ["good", "good"]
+
+
+def test_few_classes_need_few_directions() -> None:
+    assert [kind for kind, _ in falling([31.0, *[7.0] * 20], prototypes=10)] == ["good", "good"]
+
+
+def test_without_a_fall_of_the_loss_its_own_remark_has_the_remedy() -> None:
+    (_, stuck), (kind, narrow) = falling([23.4, *[3.4] * 20], end=1.0)
+    assert "--epsilon" in stuck and kind == "bad" and "--base_lr" not in narrow
+
+
+def test_far_above_ln_k_is_divergence() -> None:
+    kind, text = falling([23.4, *[9.0] * 20], end=2.4)[0]
+    assert kind == "bad" and "it diverged" in text and "still at" not in text
+    assert "still at" in falling([23.4, *[9.0] * 20], end=1.2)[0][1]
+
+
 def test_waiting_for_data_and_restarts_are_said() -> None:
     steps = [{"step": at, "loss": 1.0, "images_per_s": 10.0, "data_wait": 0.6} for at in range(9)]
     run = RunRecord(Path("r"), "r", steps=steps, launches=[{}, {}])

@@ -63,9 +63,9 @@ PRESETS = {
         "python main_swav.py --data_path images/train --dump_path runs/images64_cpu --arch conv4 --nmb_crops 2 "
         "--size_crops 48 --min_scale_crops 0.3 --max_scale_crops 1 --color_jitter 0.4 --blur_p 0 --hidden_mlp 256 "
         "--feat_dim 64 --nmb_prototypes 100 --epsilon 0.03 --freeze_prototypes_niters 0 "
-        f"{_CPU} --epochs 20 --batch_size 128 {_HERE}",
+        f"{_CPU} --epochs 10 --batch_size 128 {_HERE}",
         f"{_LABELS} --data_path images/train --dump_path runs/images64_supervised --arch conv4 --size_crops 48 "
-        f"--min_scale_crops 0.3 --augs 2 {_CPU} --schedule cosine --epochs 40 --batch_size 128 {_HERE}",
+        f"--min_scale_crops 0.3 --augs 2 {_CPU} --schedule cosine --epochs 20 --batch_size 128 {_HERE}",
         "images",
     ),
 }  # fmt: skip

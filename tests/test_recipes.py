@@ -118,3 +118,47 @@ def test_every_command_of_the_page_parses(line: str) -> None:
         assert cfg.parse(MAINS[main].Config, [*flags, *given])
     else:
         assert cfg.parse(importlib.import_module(script.removesuffix(".py")).Config, given)
+
+
+def measured(result: dict[str, Any], network: str) -> dict[str, float]:
+    """Figures of a row of the page in the result of any of the benches."""
+    if "mean_knn" in result:
+        ours = result["seeds"]["ours"]
+        row = {"pixels": {"knn": result["pixels_knn"]}}
+        row |= {
+            name: {"knn": value, "linear": result["mean_linear"][name]} for name, value in result["mean_knn"].items()
+        }
+        row["ours"]["cpu"] = sum(one["cpu_seconds"] for one in ours) / len(ours)
+        return row[{"raw pixels": "pixels", "SwAV": "ours"}.get(network, network)]
+    rows = {name.lower(): found for name, found in result["means"].items()}
+    found = rows.get(network.lower()) or rows["ours"]
+    return {name: found[key] for name, key in (("knn", "knn"), ("linear", "linear"), ("cpu", "cpu_seconds"))
+            if key in found}  # fmt: skip
+
+
+def test_every_number_of_the_page_was_measured() -> None:
+    page, source, rows = (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8"), "", 0
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|") or cells[0] in ("network", "---"):
+            continue
+        linked = re.search(r"\(\.\./(bench/results/[\w.-]+)\)", line)
+        source = linked[1] if linked else source
+        if cells[1] == "not measured":
+            assert cells[1:] == ["not measured", "not measured", "", ""]
+            continue
+        assert linked or cells[4] == "the same"
+        found = measured(json.loads((ROOT / source).read_text())["result"], cells[0])
+        shown = [f"{found[name]:.{digits}f}" if name in found else ""
+                 for name, digits in (("knn", 1), ("linear", 1), ("cpu", 0))]  # fmt: skip
+        assert cells[1:4] == shown, line
+        rows += 1
+    assert rows >= 6
+
+
+def test_results_of_the_page_are_of_its_commands() -> None:
+    quoted = page_commands()
+    for path in sorted((ROOT / "bench" / "results").glob("recipes_*.json")):
+        record = json.loads(path.read_text())
+        assert not record["changed_since"], path.name
+        assert set(record["result"]["commands"].values()) <= set(quoted), path.name

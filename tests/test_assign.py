@@ -72,7 +72,11 @@ def test_clusters_of_the_network(tmp_path: Path, photos: Path, heads: tuple[int,
     assert [int(row["second"]) for row in rows] == order[:, 1].tolist()
     found = np.array([[float(row["confidence"]), float(row["second_confidence"])] for row in rows])
     np.testing.assert_allclose(found, np.take_along_axis(chance, order[:, :2], 1), atol=2e-5)
-    assert about["clusters"] == f"head {head}" and about["images"] == 122 and about["unreadable"] == 1
+    assert (
+        about["clusters"] == ["the network's own clusters", "the network's own clusters, head 1"][head]
+        and about["images"] == 122
+        and about["unreadable"] == 1
+    )
     assert rows_of(tmp_path / "out" / "unreadable.csv")[0]["path"].endswith("broken.jpg")
     sizes = {int(row["cluster"]): int(row["images"]) for row in rows_of(tmp_path / "out" / "clusters.csv")}
     values, counts = np.unique(order[:, 0], return_counts=True)
@@ -97,6 +101,14 @@ def test_without_pyarrow_there_is_no_parquet(
     run(tmp_path / "out", "--pretrained", own_checkpoint(tmp_path / "own.pth.tar"), "--images", "synthetic:20")
     assert not (tmp_path / "out" / "labels.parquet").exists()
     assert "pip install pyarrow" in capsys.readouterr().out
+
+
+def test_what_is_printed_names_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = run(tmp_path / "out", "--pretrained", own_checkpoint(tmp_path / "own.pth.tar"), "--images", "synthetic:20")
+    said = capsys.readouterr().out
+    assert "own.pth.tar: read with its head, which says the clusters" in said
+    assert "the network's own clusters: 20 images in" in said
+    assert f"duplicates.csv: {about['duplicate_groups']} groups; outliers.csv: {about['outliers']} images" in said
 
 
 def test_any_number_of_clusters_by_k_means(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_the_tutorial_has_its_three_commands() -> None:
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     photographs(tmp_path / "photos")
+    photographs(tmp_path / "val")
     told = commands()
     with_gpu, _ = (words for words in told if words[1] == "main_swav.py")
     (tmp_path / "gpu").mkdir()

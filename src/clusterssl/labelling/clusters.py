@@ -34,7 +34,7 @@ class Labels(NamedTuple):
     """Clusters of the readable images, by dataset position."""
 
     title: str
-    """"head 0" or "k-means, 20 of backbone features" """
+    """"the network's own clusters" or "k-means, 20 of backbone features" """
     number: int
     """K; 0 where nobody knows: a head's clusters without images are not counted"""
     positions_N: NDArray[np.int64]
@@ -50,9 +50,10 @@ def block_rows(rows: Rows) -> int:
 
 
 def of_head(scan: Scan) -> Labels:
-    """What the network's head said."""
-    kept = scan.readable()
-    return _labels(f"head {scan.facts['head']}", 0, kept, scan.rows("clusters")[kept].numpy())
+    """What the network's head said; heads after the first are named."""
+    kept, head = scan.readable(), scan.facts["head"]
+    title = "the network's own clusters" + f", head {head}" * bool(head)
+    return _labels(title, 0, kept, scan.rows("clusters")[kept].numpy())
 
 
 def default_k(images: int) -> int:

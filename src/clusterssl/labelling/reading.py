@@ -140,6 +140,8 @@ def open_reader(
     head = options.cls_num if number else None
     if head is not None and head >= number:
         raise UserError(f"--cls_num {head}: this network has heads 0 to {number - 1}; choose one of them")
+    if head is not None:
+        logger.info("%s: read with its head, which says the clusters", flags.pretrained)
     return Reader(opened.backbone, network, head, options, opened.std).to(device), opened
 
 

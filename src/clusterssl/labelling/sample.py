@@ -73,7 +73,9 @@ def _read(checkpoint: Path, source: Source, device: torch.device) -> tuple[Label
         none = np.empty(0, dtype=np.int64)
         return Labels("", 0, chosen, none, none.astype(np.float32), none, none.astype(np.float32)), features_NF
     cluster, second = clusters_N4[:, 0].astype(np.int64), clusters_N4[:, 2].astype(np.int64)
-    return Labels("head 0", 0, chosen, cluster, clusters_N4[:, 1], second, clusters_N4[:, 3]), features_NF
+    return Labels(
+        "the network's own clusters", 0, chosen, cluster, clusters_N4[:, 1], second, clusters_N4[:, 3]
+    ), features_NF
 
 
 def purity(clusters: Clusters) -> NDArray[np.float64]:

@@ -157,6 +157,8 @@ def write_results(
     }  # fmt: skip
     atomic_write(out / "assign.json", lambda file: file.write((json.dumps(about, indent=1) + "\n").encode()))
     logger.info("%s", lead)
+    if copies is not None and odd is not None:
+        logger.info("duplicates.csv: %d groups; outliers.csv: %d images", len(copies.groups), len(odd.positions_O))
     for path in ("labels.csv", "clusters.html"):
         logger.info("written: %s", out / path)
 

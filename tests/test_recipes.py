@@ -18,6 +18,9 @@ import pytest
 import main_deepclusterv2
 import main_swav
 from clusterssl import config as cfg
+from clusterssl.data import open_source
+from clusterssl.errors import UserError
+from clusterssl.labelling.pseudo import read_labels
 from tests.golden_files import FOLDER
 from tests.launch import ROOT, metrics
 
@@ -95,17 +98,41 @@ def page_commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def presets() -> Iterator[dict[str, Any]]:
-    """Those that bench/recipes.py runs."""
+def bench() -> Iterator[dict[str, Any]]:
+    """What bench/recipes.py defines."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "bench"))
-        yield runpy.run_path(str(ROOT / "bench" / "recipes.py"))["PRESETS"]
+        yield runpy.run_path(str(ROOT / "bench" / "recipes.py"))
 
 
-def test_the_page_quotes_what_the_bench_runs(presets: dict[str, Any]) -> None:
+def test_the_page_quotes_what_the_bench_runs(bench: dict[str, Any]) -> None:
     quoted = page_commands()
-    for preset in presets.values():
+    for preset in bench["PRESETS"].values():
         assert preset.ours in quoted and preset.supervised in quoted
+
+
+def test_the_bench_changes_only_places_and_the_seed(bench: dict[str, Any], tmp_path: Path) -> None:
+    options = bench["Options"](preset="cifar10_cpu", data_path="/there", folder=str(tmp_path))
+    env, words = bench["words_of"]("ours", 5, options)
+    assert env == {"DATASET_PATH": "/there/train"}
+    quoted = bench["PRESETS"]["cifar10_cpu"].ours.split()[1:]
+    assert words == [*quoted, "--seed", "5", "--dump_path", f"{tmp_path}/cifar10_cpu-ours-5"]
+
+
+def test_the_bench_trains_on_the_true_labels(bench: dict[str, Any], tmp_path: Path) -> None:
+    _, words = bench["words_of"]("supervised", 5, bench["Options"](folder=str(tmp_path)))
+    table = read_labels(words[words.index("--labels") + 1])
+    source = open_source("digits", split="train")
+    assert table.of(source).tolist() == [source.labels.tolist()] and table.sizes == [10]
+
+
+def test_the_bench_refuses_what_it_cannot_do(bench: dict[str, Any]) -> None:
+    for words, message in (
+        ({"preset": "none"}, "--preset none: unknown"), ({"networks": ("theirs",)}, "--networks theirs"),
+        ({"networks": ("untrained",)}, "needs ours"), ({"data_path": "/there"}, "digits go with digits only"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            bench["Options"](**words)
 
 
 @pytest.mark.parametrize("line", page_commands())

@@ -67,6 +67,7 @@ class _Training:
 
     def train(self) -> None:
         self.resume()
+        self.parts.run.begin(self.step)
         self.announce()
         faster = self.feed.loader.faster
         self.progress = Progress(self.total, self.step, self.feed.global_batch, self.parts.world, faster)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clusterssl.config import Size, require
+from clusterssl.mirrors import MIRRORS
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,10 @@ class RunOptions:
     """steps between two records in metrics.jsonl"""
     stop_on_collapse: bool = False
     """end with exit code 2 when the monitor names a collapse, instead of only warning"""
+    tensorboard: bool = False
+    """copy the records of metrics.jsonl to TensorBoard, under tensorboard/ in the run directory"""
+    wandb: bool = False
+    """copy them to Weights & Biases; WANDB_PROJECT, WANDB_MODE and its other variables say where and how"""
     seed: int = 31
     """of weights, order, crops and augmentation"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -186,6 +191,11 @@ class RunOptions:
         require(self.hang_minutes >= 0, f"--hang_minutes {self.hang_minutes}: must not be negative")
         for name in ("timeout_minutes", "join_timeout_seconds"):
             require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be positive")
+
+    @property
+    def mirrors(self) -> tuple[str, ...]:
+        """Where the records of metrics.jsonl are copied to."""
+        return tuple(name for name in MIRRORS if getattr(self, name))
 
 
 def num_views(data: DataOptions) -> int:

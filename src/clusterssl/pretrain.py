@@ -24,6 +24,7 @@ from clusterssl.dist import World
 from clusterssl.feed import Feed
 from clusterssl.log import log_to_screen
 from clusterssl.method import Method
+from clusterssl.mirrors import require_packages
 from clusterssl.models.build import MultiCropNet, build_model, check_crop_sizes, resolve_stem
 from clusterssl.models.weights import init_model
 from clusterssl.optim import build_optimizer, warmup_cosine
@@ -51,9 +52,9 @@ class PretrainConfig(Protocol):
 FREE = frozenset(
     ["data_path", "subset_file", "cache", "workers", "max_bad_fraction", "data_patience_minutes", "batch_size",
      "accumulate", "epochs", "base_lr", "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init",
-     "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse", "hang_minutes", "device",
-     "dist_url", "timeout_minutes", "join_timeout_seconds", "world_size", "rank", "local_rank", "channels_last",
-     "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size"]
+     "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse", "tensorboard", "wandb",
+     "hang_minutes", "device", "dist_url", "timeout_minutes", "join_timeout_seconds", "world_size", "rank",
+     "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -70,7 +71,12 @@ def or_digits(published: C, digits: C, argv: Sequence[str] | None = None) -> C:
 
 @contextlib.contextmanager
 def join(run: RunOptions) -> Iterator[World]:
-    """Join the other ranks as the flags say, and leave them at the end of the block."""
+    """Join the other ranks as the flags say, and leave them at the end of the block.
+
+    Raises:
+        UserError: see `dist.join`; a package that a flag needs is absent.
+    """
+    require_packages(run.mirrors)
     keep_freed_memory()
     world = dist.join(
         device=run.device, dist_url=run.dist_url, timeout_s=60 * run.timeout_minutes,
@@ -139,7 +145,7 @@ def assemble(
     loader = make_loader(source, config, world, multicrop=multicrop, images_per_epoch=images_per_epoch)
     model = _placed(make_model(config), config, world)
     wrapped = distribute(model, world)
-    run = Run(config.run.dump_path, world)
+    run = Run(config.run.dump_path, world, config.run.mirrors)
     ledger = BadImages(loader.source, run.folder / "bad_images.txt", max_bad_fraction=config.data.max_bad_fraction)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
     feed = Feed(loader, augment or Augment(), world, layout, _precision(config, world), ledger)

@@ -4,6 +4,7 @@ run.json                       command, configuration, versions, commit of the f
 launches.jsonl                 one record per start
 metrics.jsonl                  append-only; after a resume, steps may occur twice and the last one counts
 train.log                      what the screen showed
+tensorboard/, wandb/, wandb.id copies of metrics.jsonl, where they are asked for
 checkpoint.pth.tar             shared state, written last; checkpoint.previous.pth.tar is the one before
 checkpoint.step<n>.rank<r>-of-<w>.pth   state that is split over ranks
 checkpoints/ckp-<epoch>.pth    kept copies
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from clusterssl.errors import UserError
 from clusterssl.files import atomic_write, first_line, make_folder, read_whole
 from clusterssl.log import log_to_file
 from clusterssl.metrics_file import MetricsFile, ends_within_line
+from clusterssl.mirrors import Mirrors
 from clusterssl.saving import CURRENT, PREVIOUS, Saver, shard_path
 from clusterssl.shared_folder import why_not_shared
 
@@ -44,11 +47,13 @@ _WAITS_S = (0, 1, 2, 4, 8)
 class Run:
     """One run directory, opened by all ranks; rank 0 writes what is shared."""
 
-    def __init__(self, folder: str | Path, world: World) -> None:
-        """Name the directory; nothing is read or written before `open`."""
+    def __init__(self, folder: str | Path, world: World, mirrors: Sequence[str] = ()) -> None:
+        """Name the directory, and where records are copied to; nothing is read or written before `open`."""
         self.folder = Path(folder)
         self.world = world
         self._metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self._mirrors = Mirrors(self.folder, mirrors if world.is_main else ())
+        self._about: dict[str, Any] = {}
         self.saver = Saver(self.folder, world, self._before_save)
         self._start = ""
 
@@ -65,6 +70,7 @@ class Run:
             UserError: the directory holds a run of another method or of incompatible flags, or cannot be written.
         """
         problem, changed = "", []
+        self._about = {"method": method, **config, **facts}
         if self.world.is_main:
             try:
                 changed = self._check(method, config, facts, fixed)
@@ -136,10 +142,26 @@ class Run:
         with launches.open("a") as file:
             file.write(torn + json.dumps(start) + "\n")
 
+    def begin(self, step: int) -> None:
+        """Open the mirrors of a run that goes on after so many steps; a collective call.
+
+        Raises:
+            UserError: one cannot be opened at the begin of a run.
+        """
+        problem = ""
+        try:
+            self._mirrors.start(step, self._about)
+        except UserError as error:
+            problem = str(error)
+        problem = dist.broadcast_object(problem)
+        if problem:
+            raise UserError(problem)
+
     def log(self, record: dict[str, Any]) -> None:
-        """Append one record to metrics.jsonl (rank 0)."""
+        """Append one record to metrics.jsonl (rank 0) and copy it to the mirrors."""
         if self.world.is_main:
             self._metrics.append(record)
+            self._mirrors.send(record)
 
     def save(self, shared: dict[str, Any], sharded: dict[str, Tensor], *, step: int, keep_as: str = "") -> None:
         """Write a checkpoint and wait until it is complete; `saver` can do it while training goes on.
@@ -226,9 +248,10 @@ class Run:
         return {name: torch.cat(parts) for name, parts in mine.items()}
 
     def close(self) -> None:
-        """Complete a checkpoint under way and close the metrics file; no collective call."""
+        """Complete a checkpoint under way, close the metrics file and the mirrors; no collective call."""
         self.saver.close()
         self._metrics.close()
+        self._mirrors.close()
 
 
 def _last_line(path: Path) -> str:

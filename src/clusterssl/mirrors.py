@@ -1,0 +1,218 @@
+"""Copies of the records of metrics.jsonl for TensorBoard and Weights & Biases; metrics.jsonl stays what counts.
+
+Copies are made by a thread of their own: a full disk, a network that is gone or a package that fails costs a training
+one warning, never a step.
+
+<run>/tensorboard/    event files, one a start
+<run>/wandb/          what wandb keeps, in offline mode everything; <run>/wandb.id is the id that all starts share
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import queue
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from clusterssl.errors import UserError
+from clusterssl.files import atomic_write, first_line
+
+logger = logging.getLogger(__name__)
+
+MIRRORS = ("tensorboard", "wandb")
+"""names, each of a flag, of a package, of an extra and of a folder in the run directory"""
+
+_WAITING = 1000
+"""records that may wait for a slow mirror; further ones are left out of it"""
+_CLOSING_S = 30.0
+"""seconds that the end of a run waits for its mirrors"""
+
+
+class Entry(NamedTuple):
+    """One record as mirrors want it."""
+
+    step: int
+    values: dict[str, float]
+    """by name, e.g. train/loss"""
+    counts: dict[str, list[int]]
+    """lists of numbers, to be shown as histograms"""
+    time: float
+    """seconds since 1970"""
+
+
+class Mirror(Protocol):
+    """One place that records are copied to; may raise anything at any time."""
+
+    def write(self, entry: Entry) -> None: ...
+    def close(self) -> None: ...
+
+
+def require_packages(names: Sequence[str]) -> None:
+    """Refuse mirrors whose package is absent.
+
+    Raises:
+        UserError: with the command that installs it.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--{name}: {name} is not installed; run pip install {name}, or leave the flag out")
+
+
+class Mirrors:
+    """The mirrors of one run, on the one rank that writes; without names nothing happens."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        """Args: run directory, and which of `MIRRORS`; nothing is opened before `start`."""
+        self.folder, self.names = folder, tuple(names)
+        self._open: dict[str, Mirror] = {}
+        self._queue: queue.Queue[Entry | None] = queue.Queue(_WAITING)
+        self._thread: threading.Thread | None = None
+        self._step, self._behind = 0, False
+
+    def start(self, step: int, about: dict[str, Any]) -> None:
+        """Open all mirrors; one that cannot be opened is an error at a run's begin and a warning when it goes on.
+
+        Args:
+            step: optimiser steps done; later ones that are there already will come again.
+            about: method, configuration and facts of the run.
+
+        Raises:
+            UserError: see above.
+        """
+        for name in self.names:
+            try:
+                self._open[name] = _MAKERS[name](self.folder, step, about)
+            except Exception as error:
+                if step == 0:
+                    raise UserError(f"--{name}: cannot begin ({first_line(error)}){_REMEDIES[name]}") from error
+                self._lost(name, error)
+        if self._open:
+            self._step = step
+            self._thread = threading.Thread(target=self._copy, daemon=True, name="mirrors")
+            self._thread.start()
+
+    def send(self, record: dict[str, Any]) -> None:
+        """Copy a record; returns at once."""
+        if self._thread is None:
+            return
+        self._step = record.get("step", self._step)
+        try:
+            self._queue.put_nowait(entry_of(record, self._step))
+        except queue.Full:
+            if not self._behind:
+                logger.warning("--%s: too slow, some records are left out there", ", --".join(self._open))
+            self._behind = True
+
+    def close(self) -> None:
+        """Finish what waits, for a limited time."""
+        if self._thread is None:
+            return
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=_CLOSING_S)
+        self._thread.join(_CLOSING_S)
+        if self._thread.is_alive():
+            logger.warning("--%s: not finished within %.0f seconds, left behind", ", --".join(self._open), _CLOSING_S)
+        self._thread = None
+
+    def _copy(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            for name, mirror in list(self._open.items()):
+                self._try(name, lambda mirror=mirror, entry=entry: mirror.write(entry))  # type: ignore[misc]
+        for name, mirror in list(self._open.items()):
+            self._try(name, mirror.close)
+
+    def _try(self, name: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:
+            del self._open[name]
+            self._lost(name, error)
+
+    def _lost(self, name: str, error: Exception) -> None:
+        logger.warning("--%s failed (%s); the run goes on without it, metrics.jsonl is whole", name, first_line(error))
+
+
+def entry_of(record: dict[str, Any], step: int) -> Entry:
+    """A record of training or of an epoch's end; what are no numbers, and epoch and step themselves, are left out."""
+    group = "epoch" if "epoch_end" in record else "train"
+    kept = {key: value for key, value in record.items() if key not in ("epoch", "epoch_end", "step", "time")}
+    values = {f"{group}/{key}": float(value) for key, value in kept.items() if isinstance(value, (int, float))}
+    counts = {f"{group}/{key}": value for key, value in kept.items() if isinstance(value, list) and value}
+    if record.get("occupancy"):
+        values["epoch/occupied"] = sum(count > 0 for count in record["occupancy"]) / len(record["occupancy"])
+    return Entry(step, values, counts, time.time())
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, step: int, about: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # TensorBoard drops what earlier starts wrote from the purge step on: those steps come again.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, entry: Entry) -> None:
+        for name, value in entry.values.items():
+            self._writer.add_scalar(name, value, entry.step, entry.time)
+        for name, counts in entry.counts.items():
+            self._writer.add_histogram(name, np.asarray(counts), entry.step, walltime=entry.time)
+        self._writer.flush()  # or a kill takes records along that the checkpoint has passed
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, folder: Path, step: int, about: dict[str, Any]) -> None:
+        import wandb
+
+        # An exit must not wait for a network for ever, and a kill must not take much along.
+        wanted = {"console": "off", "finish_timeout": _CLOSING_S, "x_transaction_log_flush_interval": 1.0}
+        known = wandb.Settings()
+        self._run = wandb.init(
+            id=_kept_id(folder / "wandb.id"), resume="allow", dir=str(folder), config=about,
+            project=os.environ.get("WANDB_PROJECT", "clusterssl"),
+            name=os.environ.get("WANDB_NAME", folder.resolve().name),
+            settings={key: value for key, value in wanted.items() if hasattr(known, key)},
+        )  # fmt: skip
+        # wandb never goes back: what an earlier start sent is left out, which offline only metrics.jsonl knows.
+        self._sent = _highest_step(folder / "metrics.jsonl") if self._run.offline else self._run.step - 1
+        self._histogram = wandb.Histogram
+
+    def write(self, entry: Entry) -> None:
+        if entry.step > self._sent:
+            counts = {name: self._histogram(value) for name, value in entry.counts.items()}
+            self._run.log({**entry.values, **counts}, step=entry.step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_MAKERS: dict[str, Callable[[Path, int, dict[str, Any]], Mirror]] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+_REMEDIES = {
+    "tensorboard": "; leave the flag out to train without it",
+    "wandb": "; wandb login, or WANDB_MODE=offline to keep it on this disk",
+}
+
+
+def _kept_id(path: Path) -> str:
+    """The id under which every start of a run reports."""
+    if not path.exists():
+        made = uuid.uuid4().hex[:12]
+        atomic_write(path, lambda file: file.write(made.encode()))
+    return path.read_text().strip()
+
+
+def _highest_step(metrics: Path) -> int:
+    """The highest step of a metrics file, 0 where there is none."""
+    text = metrics.read_bytes() if metrics.exists() else b""
+    return max(map(int, re.findall(rb'"step": (\d+)', text)), default=0)

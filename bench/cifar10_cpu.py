@@ -60,7 +60,7 @@ class Options:
 def run_recipe(options: Options, seed: int) -> tuple[Path, float]:
     """Run our recipe; returns the run directory and its CPU seconds."""
     folder = Path(options.folder) / f"ours-{seed}"
-    command = ["bash", str(ROOT / options.recipe), "--seed", str(seed), "--dump_path", str(folder)]
+    command = ["bash", str(ROOT / options.recipe), "--seed", str(seed), "--dump_path", str(folder), "--report", "false"]
     env = {**os.environ, "DATASET_PATH": f"{options.data_path}/train", "PYTHON": sys.executable}
     if not (folder / "seconds").exists():
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()

@@ -101,7 +101,8 @@ def test_split(options: Options) -> str:
 def words_of(name: str, seed: int, options: Options) -> list[str]:
     """Command line of one training."""
     script, flags = METHODS[name]
-    words = [script, "--seed", str(seed), "--dump_path", str(Path(options.folder) / f"{name}-{seed}")]
+    words = [script, "--seed", str(seed), "--report", "false"]
+    words += ["--dump_path", str(Path(options.folder) / f"{name}-{seed}")]
     if options.data_path == "digits":
         return [*words, *(["--version", "1"] if name == "SeLa" else [])]
     words += ["--data_path", f"{data_of(options)}/train", "--epochs", str(options.epochs * (1 + (name in ONE_CROP)))]

@@ -65,7 +65,7 @@ def train(seed: int, folder: Path, epochs: int) -> Path:
     """Run main_swav.py in a process of its own; returns the run directory."""
     run = folder / f"seed-{seed}"
     command = [sys.executable, str(ROOT / "main_swav.py"), "--seed", str(seed), "--dump_path", str(run)]
-    command += ["--epochs", str(epochs)] if epochs else []
+    command += ["--report", "false", *(["--epochs", str(epochs)] if epochs else [])]
     env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
     code = subprocess.run(command, check=False, env=env).returncode
     if code == EXIT_STOPPED:

@@ -23,7 +23,7 @@ from tests.launch import Launched, metrics, wait_for_step
 TINY = [
     *("--data_path", "synthetic:96:24x24", "--size_crops", "16", "--arch", "conv4w4", "--nmb_cluster", "12"),
     *("--pca_dim", "16", "--base_lr", "0.1", "--epochs", "4", "--workers", "0", "--log_freq", "1", "--device", "cpu"),
-    *("--checkpoint_minutes", "0"),
+    *("--checkpoint_minutes", "0", "--report", "false"),
 ]
 PIC = ["--clustering", "PIC", "--pic_neighbours", "2"]
 STEPS = 24

@@ -24,7 +24,20 @@ from tests.evals.logs import restored_logger  # noqa: F401
 from tests.launch import Launched, metrics, wait_for_step
 
 TINY = ["--data_path", "synthetic:96:24x24", "--arch", "conv4w4", "--size_crops", "16", "--workers", "0"]
-TINY += ["--device", "cpu", "--epochs", "2", "--batch_size", "16", "--log_freq", "1", "--base_lr", "0.1"]
+TINY += [
+    "--device",
+    "cpu",
+    "--epochs",
+    "2",
+    "--batch_size",
+    "16",
+    "--log_freq",
+    "1",
+    "--base_lr",
+    "0.1",
+    "--report",
+    "false",
+]
 
 
 def write(path: Path, names: list[str], *heads: np.ndarray) -> Path:

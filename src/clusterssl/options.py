@@ -165,6 +165,8 @@ class RunOptions:
     """copy the records of metrics.jsonl to TensorBoard, under tensorboard/ in the run directory"""
     wandb: bool = False
     """copy them to Weights & Biases; WANDB_PROJECT, WANDB_MODE and its other variables say where and how"""
+    report: bool = True
+    """write report.html when the run has ended, with clusters of its images if they are at hand; 3 minutes at most"""
     seed: int = 31
     """of weights, order, crops and augmentation"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

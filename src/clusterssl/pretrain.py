@@ -18,6 +18,7 @@ from torch import nn
 from clusterssl import dist
 from clusterssl.batchnorm import synchronise
 from clusterssl.checkpoint import distribute
+from clusterssl.closing import close_with_page
 from clusterssl.config import command, gives, plain
 from clusterssl.data import Augment, BadImages, Loader, MultiCrop, Source, fingerprint, open_source
 from clusterssl.dist import World
@@ -53,7 +54,7 @@ FREE = frozenset(
     ["data_path", "subset_file", "cache", "workers", "max_bad_fraction", "data_patience_minutes", "batch_size",
      "accumulate", "epochs", "base_lr", "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init",
      "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse", "tensorboard", "wandb",
-     "hang_minutes", "device", "dist_url", "timeout_minutes", "join_timeout_seconds", "world_size", "rank",
+     "report", "hang_minutes", "device", "dist_url", "timeout_minutes", "join_timeout_seconds", "world_size", "rank",
      "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
@@ -71,7 +72,7 @@ def or_digits(published: C, digits: C, argv: Sequence[str] | None = None) -> C:
 
 @contextlib.contextmanager
 def join(run: RunOptions) -> Iterator[World]:
-    """Join the other ranks as the flags say, and leave them at the end of the block.
+    """Join the other ranks as the flags say, leave them at the end of the block, and write the page of what was done.
 
     Raises:
         UserError: see `dist.join`; a package that a flag needs is absent.
@@ -87,6 +88,8 @@ def join(run: RunOptions) -> Iterator[World]:
         yield world
     finally:
         dist.leave()
+    if run.report and world.is_main:
+        close_with_page(Path(run.dump_path))
 
 
 def keep_freed_memory() -> None:

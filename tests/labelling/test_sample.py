@@ -53,6 +53,12 @@ def test_pca_is_that_of_scikit_learn() -> None:
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-3)
 
 
+def test_what_was_read_in_time_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    own_checkpoint(run / "checkpoint.pth.tar")
+    assert {gallery.note.split(" images")[0] for gallery in run_galleries(run, seconds=0) if gallery.note} == {"Of 50"}
+
+
 def test_nothing_without_checkpoint_or_images(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     assert run_galleries(run) == []

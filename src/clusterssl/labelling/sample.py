@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ _SHOWN, _CLUSTERS = 8, 6
 _SHEET, _THUMBNAIL = 720, 24
 
 
-def run_galleries(folder: Path, device: torch.device | str = "cpu") -> list[Gallery]:
+def run_galleries(folder: Path, device: torch.device | str = "cpu", seconds: float = math.inf) -> list[Gallery]:
     """The largest, smallest, purest and most confused clusters of up to 1,000 of a run's images, and two maps.
 
     Purest and most confused by the images' classes where they are known, else by confidence. Nothing where checkpoint
@@ -41,6 +43,7 @@ def run_galleries(folder: Path, device: torch.device | str = "cpu") -> list[Gall
     Args:
         folder: run directory.
         device: where to compute.
+        seconds: after which no further image is read.
     """
     config = read_json(folder / "run.json").get("config") or {}
     checkpoint = folder / "checkpoint.pth.tar"
@@ -48,8 +51,8 @@ def run_galleries(folder: Path, device: torch.device | str = "cpu") -> list[Gall
         logger.info("%s: no gallery, there is no checkpoint yet", folder)
         return []
     try:
-        source = open_source(config["data_path"], subset_file=config.get("subset_file", ""))
-        labels, features_NF = _read(checkpoint, source, torch.device(device))
+        source = open_source(config["data_path"], subset_file=config.get("subset_file", ""), patience_s=0, cache="none")
+        labels, features_NF = _read(checkpoint, source, torch.device(device), time.monotonic() + seconds)
     except UserError as error:
         logger.info("%s: no gallery (%s)", folder, error)
         return []
@@ -57,16 +60,22 @@ def run_galleries(folder: Path, device: torch.device | str = "cpu") -> list[Gall
     return [*(_galleries(labels, source) if len(labels.clusters_N) else []), *found]
 
 
-def _read(checkpoint: Path, source: Source, device: torch.device) -> tuple[Labels, NDArray[np.float32]]:
-    """Clusters (none without a head) and unit features of images spread evenly over the dataset."""
+def _read(checkpoint: Path, source: Source, device: torch.device, end: float) -> tuple[Labels, NDArray[np.float32]]:
+    """Clusters (none without a head) and unit features of images spread evenly over the dataset, until `end`."""
     options = ReadingOptions()
     reader, network = open_reader(inputs.NetworkOptions(pretrained=str(checkpoint)), options, device=device, seed=0)
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(_MOST, len(source))).round().astype(np.int64))
+    spread = np.unique(np.linspace(0, len(source) - 1, min(_MOST, len(source))).round().astype(np.int64))
+    chosen = np.random.default_rng(0).permutation(spread)  # whatever part of it is read is spread evenly, too
     batches = eval_batches(
-        source, chosen, image_size=network.image_size, resize=resize_for(network.image_size), batch_size=100,
+        source, chosen, image_size=network.image_size, resize=resize_for(network.image_size), batch_size=50,
         device=device, std=network.std,
     )  # fmt: skip
-    said = [reader(batch.images) for batch in batches]
+    said = []
+    for batch in batches:
+        said.append(reader(batch.images))
+        if time.monotonic() > end:
+            break
+    chosen = chosen[: sum(len(part.features_BF) for part in said)]
     clusters_N4 = torch.cat([part.clusters_B4.cpu() for part in said]).numpy()
     features_NF = torch.cat([part.features_BF.cpu() for part in said]).numpy()
     if not clusters_N4.shape[1]:

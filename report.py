@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,15 +30,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def clusters_of(run: Path) -> list[Gallery]:
-    """What the run made of its images; nothing, and a line that says so, where they or the checkpoint are gone."""
-    galleries = []
-    if (run / "checkpoint.pth.tar").is_file():
-        from clusterssl.labelling.sample import run_galleries  # the network takes seconds to import
+def clusters_of(runs: Sequence[Path]) -> list[Gallery]:
+    """What runs made of their images; a line names those whose images or checkpoint are gone."""
+    galleries: list[Gallery] = []
+    if any((run / "checkpoint.pth.tar").is_file() for run in runs):
+        from clusterssl.labelling.sample import galleries_of  # the network takes seconds to import
 
-        galleries = run_galleries(run)
-    if not galleries:
-        print("no gallery: checkpoint or images are out of reach")
+        galleries = galleries_of(runs)
+    for run in runs:
+        if not any(gallery.run == run for gallery in galleries):
+            print(f"{run}: no gallery, checkpoint or images are out of reach or the page would be too large")
     return galleries
 
 
@@ -55,7 +57,7 @@ def main() -> None:
             print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)
             serving.serve_forever()
     out = given.out or given.runs[0] / "report.html"
-    galleries = [] if given.no_gallery or len(given.runs) > 1 else clusters_of(given.runs[0])
+    galleries = [] if given.no_gallery else clusters_of(given.runs)
     write_report(given.runs, out, title=given.title, galleries=galleries)
     for run in map(read_run, given.runs):
         print(state(run, time.time()))

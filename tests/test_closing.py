@@ -32,7 +32,7 @@ def test_a_run_on_two_ranks_ends_with_its_page(tmp_path: Path) -> None:
     assert run().count("report: ") == 1
     page = page_of(tmp_path / "report.html")
     text = " ".join(page.texts)
-    for part in ("Largest clusters", "Smallest clusters", "Purest", "Most confused", "Map of the features, t-SNE"):
+    for part in ("Largest clusters", "Smallest clusters", "Purest", "Most confused", "Maps of the features"):
         assert part in text, part
     made = (tmp_path / "report.html").stat().st_mtime_ns
     assert "already trained" in run() and (tmp_path / "report.html").stat().st_mtime_ns == made, "not made again"

@@ -15,7 +15,8 @@ from clusterssl.data import open_source
 from clusterssl.labelling import sample
 from clusterssl.labelling.clusters import Labels
 from clusterssl.labelling.pages import Clusters
-from clusterssl.labelling.sample import purity, run_galleries
+from clusterssl.labelling.sample import galleries_of, purity, run_galleries
+from clusterssl.report import Strip
 from tests.evals.checkpoints import own_checkpoint
 from tests.report.runs import write_run
 from tests.report.test_page import ROOT, page_of
@@ -56,7 +57,41 @@ def test_pca_is_that_of_scikit_learn() -> None:
 def test_what_was_read_in_time_is_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     own_checkpoint(run / "checkpoint.pth.tar")
-    assert {gallery.note.split(" images")[0] for gallery in run_galleries(run, seconds=0) if gallery.note} == {"Of 50"}
+    found = run_galleries(run, seconds=0)
+    assert {gallery.note.split(" images")[0] for gallery in found if gallery.choice} == {"Of 50"}
+
+
+def test_several_runs_share_the_room_on_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    for run in runs:
+        own_checkpoint(run / "checkpoint.pth.tar")
+    whole = {run: run_galleries(run) for run in runs}
+    monkeypatch.setattr(sample, "run_galleries", whole.__getitem__)
+
+    def shown(most_bytes: int) -> list[tuple[str, bool]]:
+        return [(gallery.run.name, gallery.choice) for gallery in galleries_of(runs, most_bytes) if gallery.run]
+
+    clusters, maps = [True] * 4, [False]
+    first, second = (sum(len(strip[2]) for gallery in whole[run] for strip in gallery.strips) for run in runs)
+    assert shown(first + second) == [(name, kind) for name in "ab" for kind in clusters + maps]
+    assert shown(first + second - 1) == [("a", kind) for kind in clusters + maps] + [("b", kind) for kind in clusters]
+    assert shown(first) == [("a", kind) for kind in clusters + maps]
+    out = tmp_path / "both.html"
+    command = [sys.executable, str(ROOT / "report.py"), *map(str, runs), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    titles = [f"{run}: {part} clusters" for run in "ab" for part in ("Largest", "Smallest", "Purest", "Most confused")]
+    assert set(titles) <= set(page_of(out).texts) and out.stat().st_size < 5_000_000
+
+
+def test_of_equally_pure_clusters_the_largest_come_first(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    own_checkpoint(run / "checkpoint.pth.tar")
+    for gallery in run_galleries(run):
+        if gallery.title in ("Purest clusters", "Most confused clusters"):
+            sign = -1 if gallery.title.startswith("Purest") else 1
+            rows = [(sign * strip[4], -strip[3]) for strip in gallery.strips if isinstance(strip, Strip)]
+            assert rows == sorted(rows) and len(rows) == 6
 
 
 def test_nothing_without_checkpoint_or_images(tmp_path: Path) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clusterssl.report import Gallery, Table, strip, write_report
-from clusterssl.report.page import write_page
-from tests.report.runs import write_run
+from clusterssl.report import Gallery, Strip, Table, strip, write_report
+from clusterssl.report.page import render, write_page
+from clusterssl.report.records import read_run
+from tests.report.chromium import CHROMIUM, Browser
+from tests.report.runs import write_lines, write_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)")
 
 
@@ -82,3 +83,167 @@ def test_the_browser_would_complain(tmp_path: Path) -> None:
         page.read_text().replace("<script>undefinedFunction()</script>", "<img src='https://a.test/x.png'>")
     )
     assert asked(page, LOADS) == "https://a.test/x.png"
+
+
+WORDS = [("cluster 4", 90, 0.95), ("cluster 7", 40, 0.6), ("cluster 9, mostly cats", 12, 0.3)]
+FOCUS_RING = "getComputedStyle(document.activeElement).outlineStyle + document.activeElement.matches(':focus-visible')"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs, each with a gallery of three clusters and a map, and their evaluations."""
+    folder = tmp_path_factory.mktemp("page")
+    runs = [write_run(folder / name) for name in ("first", "second")]
+    for run, top1 in zip(runs, (9.5, 88.0), strict=True):
+        write_lines(run / "evaluations.jsonl", [{"eval": "knn", "k": k, "top1": top1 + k} for k in (1, 20)])
+    picture = strip([np.full((8, 8, 3), 90, np.uint8)])
+    galleries = [
+        Gallery(title, tuple(Strip(f"{c} of {run.name}", f"words {c}", picture, n, p) for c, n, p in words), run=run)
+        for run in runs
+        for title, words in (("Clusters", WORDS), ("Map", [("all", None, None)]))
+    ]
+    write_report(runs, folder / "report.html", galleries=galleries)
+    return folder / "report.html"
+
+
+@pytest.fixture
+def browser(page: Path, tmp_path: Path) -> Iterator[Browser]:
+    """The page, opened; when the test ends nothing was complained of and nothing loaded."""
+    with Browser(tmp_path) as browser:
+        browser.open(page.as_uri())
+        yield browser
+        assert browser.complaints == [] and browser.loads == []
+
+
+def seen(browser: Browser, words: str) -> list[str]:
+    """Texts of the elements that are on the screen."""
+    shown = f"[...document.querySelectorAll({words!r})].filter((x) => x.getClientRects().length)"
+    return browser.says(f"{shown}.map((x) => x.textContent.trim())")
+
+
+def strips(browser: Browser) -> list[str]:
+    return seen(browser, ".strip figcaption")
+
+
+def test_pictures_are_chosen_by_keyboard(browser: Browser) -> None:
+    everything = [f"{words} of {run}" for run in ("first", "second") for words, _, _ in WORDS]
+    assert strips(browser) == everything and seen(browser, "#pictures-shown") == ["6 of 6 pictures shown"]
+    browser.tab_to("x.id === 'text'")
+    assert browser.says(FOCUS_RING) == "solidtrue", "who uses the keyboard sees where it is"
+    browser.press(*"CATS")
+    assert strips(browser) == [everything[2], everything[5]]
+    assert seen(browser, "#pictures-shown") == ["2 of 6 pictures shown"]
+    browser.press(*["Backspace"] * 4, "Tab", *"40")
+    assert strips(browser) == [everything[i] for i in (0, 1, 3, 4)]
+    browser.press("Tab", *"61")
+    assert strips(browser) == [everything[0], everything[3]]
+    browser.press("Tab", *"90")
+    assert strips(browser) == [] and seen(browser, "#pictures-shown") == ["0 of 6 pictures shown"]
+    assert not [text for text in seen(browser, ".part h3") if "Clusters" in text], "no heading over nothing"
+    assert len(seen(browser, ".part h3")) == 2, "maps are no clusters"
+    browser.press("Tab", " ")
+    browser.says("new Promise((done) => setTimeout(done, 50))")
+    assert strips(browser) == everything
+
+
+def test_runs_and_curves_are_chosen_by_keyboard(browser: Browser) -> None:
+    lines = "[...document.querySelectorAll('[id*=-series]')].filter((x) => x.getClientRects().length).length"
+    both = browser.says(lines)
+    browser.tab_to("x.dataset.shows === '0'")
+    browser.press(" ")
+    assert seen(browser, "#runs-shown") == ["1 of 2 runs shown"]
+    assert browser.says(lines) == both / 2 and all("second" in text for text in strips(browser))
+    assert {row.split()[0] for row in seen(browser, ".sortable tbody th")} == {"second"}
+    assert "first" not in "".join(seen(browser, "#verdict ~ * h3, #details ~ * h3, .legend li"))
+    browser.loaded = False
+    browser.ask("Page.reload")
+    browser.wait()
+    assert seen(browser, "#runs-shown") == ["1 of 2 runs shown"], "a page that is made anew keeps the choice"
+    browser.tab_to("x.dataset.shows === '0'")
+    browser.press(" ")
+    browser.tab_to("x.dataset.curve === 'lr'")
+    browser.press(" ")
+    assert seen(browser, "#curves-shown") == ["9 of 10 curves shown"]
+    assert seen(browser, "#figure-lr") == [] and browser.says(lines) == both - 2
+
+
+def test_tables_are_sorted_by_keyboard(browser: Browser) -> None:
+    def column() -> list[float]:
+        return [float(text) for text in seen(browser, ".sortable td:nth-child(3)")]
+
+    assert column() == [10.5, 29.5, 89, 108]
+    browser.tab_to("x.textContent === 'top1'")
+    browser.press("Enter")
+    assert column() == [108, 89, 29.5, 10.5]
+    browser.press("Enter")
+    assert column() == [10.5, 29.5, 89, 108]
+    assert browser.says("document.activeElement.closest('th').getAttribute('aria-sort')") == "ascending"
+
+
+def test_everything_has_a_name(browser: Browser) -> None:
+    told = browser.names()
+    wanted = {"figure", "image", "img", "button", "table", "checkbox", "searchbox", "textbox", "spinbutton", "link"}
+    wanted |= {"navigation", "group", "region"} - {"group"}
+    nameless = [role for role, name in told if role in wanted and not name.strip()]
+    assert nameless == []
+    roles = [role for role, _ in told]
+    assert roles.count("figure") == 10 + 8 and roles.count("main") == roles.count("banner") == 1
+    assert {"navigation", "contentinfo", "table", "button", "checkbox", "searchbox", "spinbutton"} <= set(roles)
+    browser.press("Tab")
+    assert browser.says("document.activeElement.textContent") == "Skip to the content"
+    assert browser.says("document.activeElement.getBoundingClientRect().left >= 0")
+    browser.press("Enter")
+    assert browser.says("document.activeElement.tagName") == "MAIN"
+
+
+def test_dark_light_and_paper_have_their_colours(browser: Browser) -> None:
+    colours = "((x) => x.color + x.backgroundColor)(getComputedStyle(document.body))"
+    browser.scheme("light")
+    light = browser.says(colours)
+    browser.scheme("dark")
+    dark = browser.says(colours)
+    assert light == "rgb(29, 35, 43)rgb(251, 251, 249)" and dark == "rgb(228, 232, 236)rgb(20, 24, 29)"
+    line = "getComputedStyle(document.querySelector('#loss-series0 path')).stroke"
+    assert browser.says(line) == "rgb(108, 178, 240)", "curves change with the page"
+    assert seen(browser, ".controls") and seen(browser, "nav")
+    browser.scheme("dark", media="print")
+    assert browser.says(colours) == "rgb(0, 0, 0)rgb(255, 255, 255)"
+    assert browser.says(line) == "rgb(31, 111, 180)", "curves are readable on paper"
+    assert not seen(browser, ".controls") and not seen(browser, "nav") and len(strips(browser)) == 6
+
+
+def test_narrow_screens_need_no_sideways_scrolling(browser: Browser, tmp_path: Path) -> None:
+    browser.screenshot(tmp_path / "narrow.png", 360)
+    assert browser.says("document.documentElement.scrollWidth") <= 360
+
+
+def test_without_javascript_everything_is_there(page: Path, tmp_path: Path) -> None:
+    with Browser(tmp_path) as browser:
+        browser.ask("Emulation.setScriptExecutionDisabled", value=True)
+        browser.open(page.as_uri())
+        names = browser.names()
+        assert [role for role, _ in names].count("figure") == 18
+        assert not [name for role, name in names if role in ("checkbox", "searchbox", "spinbutton", "button")]
+
+
+def test_a_growing_page_asks_again_and_stops_when_told(page: Path, tmp_path: Path) -> None:
+    out = tmp_path / "growing.html"
+    out.write_text(render([read_run(page.parent / "first")], seconds=1), encoding="utf-8")
+    with Browser(tmp_path) as browser:
+        browser.open(out.as_uri())
+        browser.loaded = False
+        browser.wait()
+        browser.tab_to("x.id === 'again'")
+        browser.press(" ")
+        browser.says("window.old = true")
+        browser.says("new Promise((done) => setTimeout(done, 2500))")
+        assert browser.says("window.old"), "it was asked for although that is switched off"
+        assert browser.complaints == []
+
+
+def test_a_browser_would_tell_of_errors_and_loads(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.html"
+    bad.write_text("<title>x</title><img alt='' src='https://a.test/x.png'><script>undefinedFunction()</script>")
+    with Browser(tmp_path) as browser:
+        browser.open(bad.as_uri())
+        assert browser.loads == ["https://a.test/x.png"] and any("undefinedFunction" in x for x in browser.complaints)

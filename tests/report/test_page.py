@@ -126,6 +126,14 @@ def test_several_runs_share_charts_and_have_a_legend(tmp_path: Path) -> None:
     assert any(attributes.get("class") == "legend" for _, attributes in page.tags)
 
 
+def test_what_all_rows_of_an_evaluation_share_is_said_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_lines(run / "evaluations.jsonl", [{"eval": "knn", "k": k, "top1": 90.0 + k, "arch": "conv4"} for k in (1, 5)])
+    write_report([run], tmp_path / "report.html")
+    texts = [text.strip() for text in page_of(tmp_path / "report.html").texts]
+    assert "In all rows: arch conv4." in texts and texts.count("conv4") == 0 and "91" in texts and "95" in texts
+
+
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

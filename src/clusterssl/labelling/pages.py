@@ -17,7 +17,7 @@ from clusterssl.evals.clustering import agreement
 from clusterssl.evals.gallery import mostly
 from clusterssl.labelling.clusters import Labels
 from clusterssl.labelling.neighbourhood import Duplicates, Outliers
-from clusterssl.report import Gallery, Table, strip
+from clusterssl.report import Gallery, Strip, Table, strip
 from clusterssl.report.page import write_page
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ class Clusters:
     def caption(self, row: int) -> str:
         """What a cluster is, in words; classes are named where the images' folders are classes."""
         known = mostly(self.source.labels[self.members(row)], self.source.classes)
-        return f"cluster {self.ids[row]}: {self.sizes[row]} images, confidence {self.confidence[row]:.2f}{known}"
+        images = "1 image" if self.sizes[row] == 1 else f"{self.sizes[row]} images"
+        return f"cluster {self.ids[row]}: {images}, confidence {self.confidence[row]:.2f}{known}"
 
     def table(self) -> Table:
         """One row a cluster, the largest first."""
@@ -140,9 +141,11 @@ def _parts(clusters: Clusters, options: PageOptions) -> list[tuple[str, NDArray[
     ]
 
 
-def _strip(clusters: Clusters, row: int, options: PageOptions) -> tuple[str, str, str]:
+def _strip(clusters: Clusters, row: int, options: PageOptions) -> Strip:
     caption, members = clusters.caption(row), clusters.members(row)[: options.num_samples_per_class]
-    return caption, f"The {len(members)} most confident images of {caption}", thumbnails(clusters.source, members)
+    words = f"The {len(members)} most confident images of {caption}"
+    pictures = thumbnails(clusters.source, members)
+    return Strip(caption, words, pictures, int(clusters.sizes[row]), float(clusters.confidence[row]))
 
 
 def thumbnails(source: Source, positions: Sequence[int] | NDArray[np.int64]) -> str:

@@ -5,11 +5,11 @@ Legend of suffixes: N images of the sample, F features.
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,14 @@ from clusterssl.evals import inputs
 from clusterssl.labelling.clusters import Labels
 from clusterssl.labelling.pages import Clusters, square, thumbnails
 from clusterssl.labelling.reading import ReadingOptions, open_reader
-from clusterssl.report import Gallery
+from clusterssl.report import Gallery, Strip
+from clusterssl.report.pictures import address_of
 from clusterssl.report.records import read_json
 
 logger = logging.getLogger(__name__)
 
+MOST_BYTES = 3_500_000
+"""of all pictures of a page, which stays below 5 MB with curves and tables"""
 _MOST = 1000
 _MAPPED = 400
 _SHOWN, _CLUSTERS = 8, 6
@@ -56,8 +59,32 @@ def run_galleries(folder: Path, device: torch.device | str = "cpu", seconds: flo
     except UserError as error:
         logger.info("%s: no gallery (%s)", folder, error)
         return []
-    found = [_map(source, labels, _pca(features_NF), "PCA"), _map(source, labels, _tsne(features_NF), "t-SNE")]
-    return [*(_galleries(labels, source) if len(labels.clusters_N) else []), *found]
+    places = {"PCA": _pca(features_NF), "t-SNE": _tsne(features_NF)}
+    maps = tuple(_map(source, labels, places_N2, name) for name, places_N2 in places.items())
+    found = _galleries(labels, source) if len(labels.clusters_N) else []
+    found.append(
+        Gallery("Maps of the features", maps, "Images that the network takes for alike are close.", True, choice=False)
+    )
+    return [replace(gallery, run=folder) for gallery in found]
+
+
+def galleries_of(folders: Sequence[Path], most_bytes: int = MOST_BYTES) -> list[Gallery]:
+    """As `run_galleries` of several runs; what would make their page too large is left out, maps first."""
+    kept: list[Gallery] = []
+    for folder in folders:
+        found, left = run_galleries(folder), most_bytes - weight(kept)
+        clusters = [gallery for gallery in found if gallery.choice]
+        chosen = next((part for part in (found, clusters) if weight(part) <= left), [])
+        if len(chosen) < len(found):
+            what = "maps" if chosen else "clusters and maps"
+            logger.info("%s: no %s, the page would be larger than %.0f MB", folder, what, most_bytes / 1e6)
+        kept += chosen
+    return kept
+
+
+def weight(galleries: Sequence[Gallery]) -> int:
+    """Bytes of their pictures."""
+    return sum(len(strip[2]) for gallery in galleries for strip in gallery.strips)
 
 
 def _read(checkpoint: Path, source: Source, device: torch.device, end: float) -> tuple[Labels, NDArray[np.float32]]:
@@ -100,21 +127,24 @@ def purity(clusters: Clusters) -> NDArray[np.float64]:
 
 def _galleries(labels: Labels, source: Source) -> list[Gallery]:
     clusters = Clusters(labels, source)
-    by_size, by_purity = np.argsort(-clusters.sizes, kind="stable"), np.argsort(-purity(clusters), kind="stable")
+    pure = purity(clusters)
+    by_size = np.argsort(-clusters.sizes, kind="stable")
+    purest, most_confused = (np.lexsort((-clusters.sizes, sign * pure)) for sign in (-1, 1))  # of equals the largest
     note = f"Of {len(labels.positions_N)} images of the run, the most confident first."
     parts = {
         "Largest clusters": by_size[:_CLUSTERS], "Smallest clusters": by_size[::-1][:_CLUSTERS],
-        "Purest clusters": by_purity[:_CLUSTERS], "Most confused clusters": by_purity[::-1][:_CLUSTERS],
+        "Purest clusters": purest[:_CLUSTERS], "Most confused clusters": most_confused[:_CLUSTERS],
     }  # fmt: skip
     return [
-        Gallery(title, tuple(_strip(clusters, int(row)) for row in rows), note, wide=True)
+        Gallery(title, tuple(_strip(clusters, int(row), float(pure[row])) for row in rows), note, wide=True)
         for title, rows in parts.items()
     ]
 
 
-def _strip(clusters: Clusters, row: int) -> tuple[str, str, str]:
+def _strip(clusters: Clusters, row: int, pure: float) -> Strip:
     caption, members = clusters.caption(row), clusters.members(row)[:_SHOWN]
-    return caption, f"The {len(members)} most confident images of {caption}", thumbnails(clusters.source, members)
+    words = f"The {len(members)} most confident images of {caption}"
+    return Strip(caption, words, thumbnails(clusters.source, members), int(clusters.sizes[row]), pure)
 
 
 def _pca(rows_NF: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -137,7 +167,7 @@ def _tsne(rows_NF: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.asarray(found, dtype=np.float64)
 
 
-def _map(source: Source, labels: Labels, places_N2: NDArray[np.float64], name: str) -> Gallery:
+def _map(source: Source, labels: Labels, places_N2: NDArray[np.float64], name: str) -> Strip:
     """Thumbnails where their features lie."""
     positions = labels.positions_N[:: max(1, -(-len(labels.positions_N) // _MAPPED))]
     low, high = places_N2.min(0), places_N2.max(0)
@@ -145,8 +175,6 @@ def _map(source: Source, labels: Labels, places_N2: NDArray[np.float64], name: s
     sheet = Image.new("RGBA", (_SHEET, _SHEET), (0, 0, 0, 0))
     for (left, top), position in zip(corner_N2.tolist(), positions.tolist(), strict=True):
         sheet.paste(Image.fromarray(square(source, position, _THUMBNAIL)), (left, _SHEET - _THUMBNAIL - top))
-    file = io.BytesIO()
-    sheet.save(file, format="PNG", optimize=True)
-    address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    address = address_of(sheet, photo=True)
     words = f"{len(positions)} images of the run where {name} puts their features"
-    return Gallery(f"Map of the features, {name}", ((words, words, address),), wide=True)
+    return Strip(f"{name}: {words}", words, address)

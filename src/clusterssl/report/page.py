@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -14,7 +15,7 @@ from markupsafe import Markup
 from clusterssl.errors import UserError
 from clusterssl.files import atomic_write
 from clusterssl.report.figures import SERIES, Series, line_chart, use_chart
-from clusterssl.report.pictures import Gallery
+from clusterssl.report.pictures import Gallery, Strip
 from clusterssl.report.records import RunRecord, read_run
 from clusterssl.report.tables import Table, shown, table_of
 from clusterssl.report.verdict import verdict
@@ -45,8 +46,9 @@ QUANTITIES = (
 
 
 class Chart(NamedTuple):
-    """One figure of the page."""
+    """One figure of the page; `key` is the name of its curves."""
 
+    key: str
     title: str
     caption: str
     svg: Markup
@@ -108,8 +110,9 @@ def render(
     lead: str = "",
     tables: Sequence[Table] = (),
     galleries: Sequence[Gallery] = (),
+    seconds: int = 0,
 ) -> str:
-    """The page as text."""
+    """The page as text; a browser asks for it again after so many seconds, unless they are 0."""
     folder = resources.files("clusterssl.report")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
@@ -117,15 +120,32 @@ def render(
     return template.render(
         title=title or "Run " + ", ".join(run.name for run in runs),
         lead=lead,
+        seconds=seconds,
+        js=Markup(folder.joinpath("page.js").read_text(encoding="utf-8")),
         css=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         runs=[_described(run) for run in runs],
         lines=SERIES,
         tables=[*tables, *_evaluations(runs)],
-        galleries=galleries,
+        galleries=_shown_galleries(runs, galleries),
         charts=_charts(runs),
         use=_use(runs),
     )
+
+
+def _shown_galleries(runs: Sequence[RunRecord], galleries: Sequence[Gallery]) -> list[dict[str, Any]]:
+    """What the template shows of galleries: each with its run, strips, and whether readers choose among them."""
+    places = {run.path: at for at, run in enumerate(runs)}
+    shown = []
+    for gallery in galleries:
+        at = places.get(gallery.run) if gallery.run is not None else None
+        name = f"{runs[at].name}: " if at is not None and len(runs) > 1 else ""
+        strips = [Strip(*strip) for strip in gallery.strips]
+        shown.append(
+            {"title": name + gallery.title, "note": gallery.note, "wide": gallery.wide, "run": at, "strips": strips,
+             "choice": gallery.choice and len(strips) > 1, "sizes": any(strip.images is not None for strip in strips)}
+        )  # fmt: skip
+    return shown
 
 
 def _charts(runs: Sequence[RunRecord]) -> list[Chart]:
@@ -140,7 +160,7 @@ def _charts(runs: Sequence[RunRecord]) -> list[Chart]:
             key, f"{title} over training steps", series, levels=[(level, f"ln K = {level:.2f}") for level in levels],
             floor=not first, percent=percent, large=first,
         )  # fmt: skip
-        charts.append(Chart(title, caption, Markup(svg)))
+        charts.append(Chart(key, title, caption, Markup(svg)))
     return charts
 
 
@@ -150,17 +170,28 @@ def _use(runs: Sequence[RunRecord]) -> Chart | None:
         return None
     title = "Use of the prototypes in the last epoch"
     svg = use_chart("use", title, [(name, count or [0]) for name, count in counts])
-    return Chart(title, "Share of all assignments each prototype received.", Markup(svg))
+    return Chart("use", title, "Share of all assignments each prototype received.", Markup(svg))
 
 
 def _evaluations(runs: Sequence[RunRecord]) -> list[Table]:
     """One table per kind of evaluation, one row per record."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
+    places: dict[str, list[int]] = {}
+    for at, run in enumerate(runs):
         for record in run.evaluations:
             flat = {key: value for key, value in record.items() if not isinstance(value, (dict, list))}
             found.setdefault(str(record["eval"]), []).append({"run": run.name, **flat})
-    return [table_of(f"Evaluation: {kind}", rows, leave_out=("eval", "time")) for kind, rows in found.items()]
+            places.setdefault(str(record["eval"]), []).append(at)
+    tables = []
+    for kind, rows in found.items():
+        equal = {
+            key: rows[0][key] for key in rows[0] if len(rows) > 1 and all(row.get(key) == rows[0][key] for row in rows)
+        }
+        equal = {key: value for key, value in equal.items() if key not in ("eval", "time", "run")}
+        note = f"In all rows: {shown(equal)}." if equal else ""
+        table = table_of(f"Evaluation: {kind}", rows, leave_out=("eval", "time", *equal))
+        tables.append(replace(table, runs=tuple(places[kind]), note=note))
+    return tables
 
 
 def _described(run: RunRecord) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, features
@@ -13,15 +15,32 @@ from PIL import Image, features
 _QUALITY = 70
 
 
+class Strip(NamedTuple):
+    """One picture of a gallery; readers choose clusters by their size and purity, where these are given."""
+
+    caption: str
+    words: str
+    """for those who do not see it"""
+    address: str
+    """of the picture, as data"""
+    images: int | None = None
+    purity: float | None = None
+    """between 0 and 1"""
+
+
 @dataclass(frozen=True)
 class Gallery:
-    """Labelled strips of thumbnails: (caption, text for those who do not see it, data address of a PNG)."""
+    """Labelled strips of thumbnails: (caption, text for those who do not see it, data address of a picture)."""
 
     title: str
-    strips: tuple[tuple[str, str, str], ...]
+    strips: tuple[tuple[str, str, str] | Strip, ...]
     note: str = ""
     wide: bool = False
     """two strips beside one another instead of three"""
+    run: Path | None = None
+    """directory of the run it is of"""
+    choice: bool = True
+    """whether readers may choose among the strips"""
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], side: int = 128, border: int = 3, gap: int = 15) -> bytes:
@@ -56,11 +75,16 @@ def strip(images: Sequence[np.ndarray], side: int = 32, gap: int = 2, *, photo: 
     row = Image.new("RGBA", (len(images) * (side + gap) - gap, side), (0, 0, 0, 0))
     for at, image in enumerate(images):
         row.paste(_thumbnail(image, side), (at * (side + gap), 0))
+    return address_of(row, photo=photo)
+
+
+def address_of(picture: Image.Image, *, photo: bool = False) -> str:
+    """A picture as a data address; see `strip`."""
     if photo and features.check("webp"):
         file = io.BytesIO()
-        row.save(file, format="WEBP", quality=_QUALITY)
+        picture.save(file, format="WEBP", quality=_QUALITY)
         return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-    return "data:image/png;base64," + base64.b64encode(_png(row)).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(_png(picture)).decode("ascii")
 
 
 def _thumbnail(image: np.ndarray, side: int) -> Image.Image:

@@ -20,6 +20,8 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    runs: tuple[int, ...] = ()
+    """of each row the run of the page that it is of, if it is of one"""
 
     def text(self) -> str:
         """The table in characters: first column left, the others right."""

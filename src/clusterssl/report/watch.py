@@ -33,14 +33,14 @@ def server(runs: Sequence[Path], port: int = 0, seconds: int = 10) -> HTTPServer
                 self.send_error(404)
                 return
             try:
-                page = render([read_run(path) for path in runs])
+                page = render([read_run(path) for path in runs], seconds=seconds)
             except UserError as error:  # removed meanwhile
-                page = f"<!DOCTYPE html><title>report</title><p>{html.escape(str(error))}</p>"
+                again = f'<meta http-equiv="refresh" content="{seconds}">'
+                page = f"<!DOCTYPE html>{again}<title>report</title><p>{html.escape(str(error))}</p>"
             body = page.encode("utf-8")
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
-            self.send_header("Refresh", str(seconds))
             self.end_headers()
             self.wfile.write(body)
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from clusterssl.dist import World
 from clusterssl.progress import Progress
+from tests.launch import ROOT, TINY, metrics
 
 ALONE = World()
 
@@ -73,3 +83,65 @@ def test_later_waits_are_told_too(clock: Clock, caplog: pytest.LogCaptureFixture
 def test_one_rank_speaks(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     run(clock, [9.0, *[2.0] * 12], World(rank=1, size=2))
     assert warnings(caplog) == []
+
+
+def on_terminal(*words: str) -> str:
+    """What a terminal of 120 columns receives from a command that ends well."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *words], stdin=its, stdout=its, stderr=its, env=env)
+    os.close(its)
+    heard = b""
+    try:
+        while part := os.read(ours, 65536):
+            heard += part
+    except OSError:  # nobody holds the other end any more
+        pass
+    os.close(ours)
+    assert process.wait(60) == 0, heard.decode()
+    return heard.decode()
+
+
+def test_a_terminal_shows_a_row_each_epoch(tmp_path: Path) -> None:
+    words = [str(ROOT / "main_swav.py"), *TINY, "--batch_size", "16", "--dump_path", str(tmp_path)]
+    heard = on_terminal(*words)
+    lines = [line.strip() for line in re.split(r"[\r\n]+|\x1b\[A", heard)]
+    head = ["epoch", "loss", "lr", "occupied", "images/s", "wait", "to", "go"]
+    heads = [at for at, line in enumerate(lines) if line.split() == head]
+    rows = [line.split() for line in lines if re.match(r"\d+ +\d+\.\d{4} ", line)]
+    assert len(heads) == 1 and [row[0] for row in rows] == ["0", "1", "2", "3"], heard
+    ended = [record for record in metrics(tmp_path) if "epoch_end" in record]
+    for row, record in zip(rows, ended, strict=True):
+        assert row[1] == f"{record['loss']:.4f}"
+        assert row[3] == f"{sum(count > 0 for count in record['occupancy'])}/12"
+        assert float(row[4]) > 0 and row[5].endswith("%")
+    assert rows[-1][6:] == ["0", "s"]
+
+
+def test_the_table_is_of_whole_epochs(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = Progress(20, 0, 8, ALONE)
+    written: list[str] = []
+
+    class Bar:
+        def update(self) -> None: ...
+        def write(self, text: str, file: object) -> None:
+            written.append(text)
+
+    progress._bar = Bar()  # type: ignore[assignment]
+
+    def batches() -> Iterator[int]:
+        for step in range(20):
+            clock.now += 0.5
+            yield step
+
+    for number, _ in enumerate(progress.timed(batches()), start=1):
+        clock.now += 1.5
+        if number % 3 == 0:
+            progress.rates(number)
+        if number % 10 == 0:
+            progress.row(number // 10 - 1, number, 2.5, 0.003, [3, 0, 1, 0])
+    assert [line.split() for line in written[1:]] == [
+        ["0", "2.5000", "0.003", "2/4", "4", "25%", "20", "s"],
+        ["1", "2.5000", "0.003", "2/4", "4", "25%", "0", "s"],
+    ]

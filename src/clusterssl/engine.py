@@ -224,6 +224,7 @@ class _Training:
         self.loss_sum.zero_()
         occupancy = self.monitor.epoch_occupancy()
         self.parts.run.log({"epoch_end": epoch, "loss": mean, "occupancy": occupancy})
+        self.progress.row(epoch, self.step, mean, self.parts.optimizer.param_groups[0]["lr"], occupancy)
         every = self.parts.schedule.checkpoint_freq
         last = self.step == self.total
         kept = f"ckp-{epoch}.pth" if last or (every > 0 and epoch % every == 0) else ""

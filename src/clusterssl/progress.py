@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar on a terminal, a line now and then otherwise, and how fast it is."""
+"""What a run shows while it trains: on a terminal a bar and a table, otherwise a line now and then, and its speed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -21,6 +21,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 _LONG_WAIT = 0.1
 """share of the time waiting for data above which something is said"""
 _JUDGED_SECONDS = 30.0
+_COLUMNS = {"epoch": 6, "loss": 9, "lr": 10, "occupied": 12, "images/s": 10, "wait": 6, "to go": 15}
+"""of the table, with their widths"""
 
 
 class Progress:
@@ -35,6 +37,9 @@ class Progress:
         self._start, self._first = time.monotonic(), done
         self._since, self._since_step, self._waited = self._start, done, 0.0
         self._shown = self._start
+        self._epoch: tuple[float, int, float] = (self._start, done, 0.0)
+        """time, step and seconds waited for data at the last row of the table"""
+        self._waited_before, self._headed = 0.0, False
         on_terminal = world.is_main and sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns > 0
         self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if on_terminal else None
 
@@ -61,6 +66,7 @@ class Progress:
             "data_wait": round(min(self._waited / elapsed, 1.0), 4),
         }
         self._judge(elapsed, self._waited, first=self._since == self._start)
+        self._waited_before += self._waited
         self._since, self._since_step, self._waited = now, step, 0.0
         return rates
 
@@ -91,12 +97,38 @@ class Progress:
         if now - self._shown < _SECONDS_BETWEEN_LINES and step < self._total:
             return
         self._shown, extra = now, {"file_only": self._bar is not None}
-        left = (now - self._start) / max(step - self._first, 1) * (self._total - step)
         logger.info(
             "epoch %d, step %d/%d, loss %.4f (ln K %.3f), lr %.3g, %.0f images/s, waiting for data %.0f %%, %s to go",
             record["epoch"], step, self._total, record["loss"], record.get("ln_k", float("nan")), record["lr"],
-            record["images_per_s"], 100 * record["data_wait"], duration(left), extra=extra,
+            record["images_per_s"], 100 * record["data_wait"], self._to_go(step), extra=extra,
         )  # fmt: skip
+
+    def row(self, epoch: int, step: int, loss: float, rate: float, occupancy: Sequence[int]) -> None:
+        """On a terminal, add an epoch to the table.
+
+        Args:
+            epoch: that has ended.
+            step: optimiser steps done.
+            loss: mean over the epoch.
+            rate: learning rate of its last step.
+            occupancy: assignments per prototype in it; empty where none are counted.
+        """
+        if self._bar is None:
+            return
+        now, waited = time.monotonic(), self._waited_before + self._waited
+        began, first, waited_then = self._epoch
+        self._epoch, elapsed = (now, step, waited), max(now - began, 1e-9)
+        used = f"{sum(count > 0 for count in occupancy)}/{len(occupancy)}" if occupancy else "-"
+        speed, wait = (step - first) * self._images / elapsed, (waited - waited_then) / elapsed
+        cells = (str(epoch), f"{loss:.4f}", f"{rate:.3g}", used, f"{speed:.0f}", f"{wait:.0%}", self._to_go(step))
+        for line in (_COLUMNS, cells)[self._headed :]:
+            words = (word.rjust(width) for word, width in zip(line, _COLUMNS.values(), strict=True))
+            self._bar.write("".join(words), file=sys.stderr)
+        self._headed = True
+
+    def _to_go(self, step: int) -> str:
+        """Time until the last step, at the speed since the start."""
+        return duration((time.monotonic() - self._start) / max(step - self._first, 1) * (self._total - step))
 
     def close(self) -> None:
         """Leave the terminal tidy."""

@@ -25,7 +25,8 @@ FOREIGN = {
         "partition",
         "cpus_per_task",
         "directory",
-    ),  # torchrun, sbatch, http.server
+        "logdir",
+    ),  # torchrun, sbatch, http.server, tensorboard
     *("cos", "imagenet_path", "sgd", "lars", "wd"),
 }
 """flags of other programs, and of published code that pages say is different here"""

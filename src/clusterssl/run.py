@@ -4,6 +4,7 @@ run.json                       command, configuration, versions, commit of the f
 launches.jsonl                 one record per start
 metrics.jsonl                  append-only; after a resume, steps may occur twice and the last one counts
 train.log                      what the screen showed
+report.html                    the page of a run that has ended
 tensorboard/, wandb/, wandb.id copies of metrics.jsonl, where they are asked for
 checkpoint.pth.tar             shared state, written last; checkpoint.previous.pth.tar is the one before
 checkpoint.step<n>.rank<r>-of-<w>.pth   state that is split over ranks

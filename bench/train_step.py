@@ -4,8 +4,8 @@
     python bench/train_step.py --device cuda --arch resnet50 --size_crops 224 96 --nmb_crops 2 6 --batch_size 256
     python bench/train_step.py --device cuda --arch resnet50w2 --size_crops 224 96 --nmb_crops 2 6 --batch_size 128
 
-"ours" is the step of `fit`: augmentation of uint8 crops, forward, assignment, loss, backward, LARS, bookkeeping. "bare"
-is the same network on augmented crops with a sum for a loss and no optimiser: what the hardware allows. "eager" is the
+"ours" is the step of `fit`: augmentation of uint8 crops, forward, assignment, loss, backward, LARS. "bare" is
+the same network on augmented crops with a sum for a loss and no optimiser: what the hardware allows. "eager" is the
 step as published, written anew: planar layout, the published assignment, a sum over pairs of crops, SGD. "lightly" puts
 lightly's head, prototypes and loss on the same backbone, with SGD. Eager and lightly get augmented crops. On a GPU all
 use bf16 autocast, ours is checked not to wait for it, and the memory a step needs beyond what lies there before it is
@@ -35,9 +35,8 @@ from torch import Tensor, nn
 from clusterssl import config as cfg
 from clusterssl.data import Batch, MultiCropDataset
 from clusterssl.dist import World
-from clusterssl.engine import _Training
-from clusterssl.preemption import StopRequest
 from clusterssl.pretrain import assemble, keep_freed_memory, prototype_net
+from clusterssl.step import Step
 from main_swav import Config, SwAV
 
 TEMPERATURE, EPSILON, ITERATIONS = 0.1, 0.05, 3
@@ -63,8 +62,8 @@ class Options:
     out: str = "bench/results/train_step.json"
 
 
-def prepared(options: Options, folder: str) -> tuple[_Training, Batch]:
-    """Our training, as main_swav.py sets it up, and one batch of uint8 crops."""
+def prepared(options: Options, folder: str) -> tuple[Step, Batch]:
+    """Our step, as main_swav.py sets it up, and one batch of uint8 crops."""
     side, n = max(options.size_crops), len(options.size_crops)
     words: dict[str, Any] = {
         "data_path": f"synthetic:{max(options.batch_size, 64)}:{side}x{side}", "arch": options.arch,
@@ -82,16 +81,16 @@ def prepared(options: Options, folder: str) -> tuple[_Training, Batch]:
     if options.device == "cuda":
         batch = batch._replace(crops=[x.pin_memory() for x in batch.crops], index=batch.index.pin_memory())
     parts.model.train()
-    return _Training(parts, StopRequest()), batch
+    return Step(parts), batch
 
 
 def _words(value: Any) -> list[str]:
     return [str(word) for word in (value if isinstance(value, tuple) else (value,))]
 
 
-def bare(training: _Training, crops: list[Tensor]) -> System:
+def bare(step: Step, crops: list[Tensor]) -> System:
     """Forward and backward pass of our network."""
-    model, feed = training.parts.model, training.feed
+    model, feed = step.parts.model, step.feed
 
     def run() -> None:
         with feed.autocast():
@@ -114,12 +113,12 @@ def swapped(scores: list[Tensor]) -> Tensor:
     return loss
 
 
-def stepping(network: nn.Module, loss: Callable[[], Tensor], training: _Training) -> System:
+def stepping(network: nn.Module, loss: Callable[[], Tensor], step: Step) -> System:
     """A step with plain SGD."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
 
     def run() -> None:
-        with training.feed.autocast():
+        with step.feed.autocast():
             value = loss()
         value.backward()
         optimizer.step()
@@ -128,9 +127,9 @@ def stepping(network: nn.Module, loss: Callable[[], Tensor], training: _Training
     return run
 
 
-def eager(training: _Training, crops: list[Tensor], options: Options) -> System:
+def eager(step: Step, crops: list[Tensor], options: Options) -> System:
     """The published step: planar layout, one forward pass a resolution, published assignment, pairs of crops, SGD."""
-    network = _new_network(options, training)
+    network = _new_network(options, step)
     planar = [x.contiguous() for x in crops]
 
     def loss() -> Tensor:
@@ -138,15 +137,15 @@ def eager(training: _Training, crops: list[Tensor], options: Options) -> System:
             network.prototypes.weight.copy_(F.normalize(network.prototypes.weight, dim=1))
         return swapped(list(network(planar)[1].chunk(len(planar))))
 
-    return stepping(network, loss, training)
+    return stepping(network, loss, step)
 
 
-def lightly(training: _Training, crops: list[Tensor], options: Options) -> System:
+def lightly(step: Step, crops: list[Tensor], options: Options) -> System:
     """lightly's SwAV around the same backbone."""
     from lightly.loss import SwaVLoss
     from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
 
-    backbone = _new_network(options, training).backbone
+    backbone = _new_network(options, step).backbone
     head = SwaVProjectionHead(int(backbone.feature_dim), 2048, 128)
     prototypes = SwaVPrototypes(128, options.nmb_prototypes)
     network = nn.ModuleList([backbone, head, prototypes]).to(options.device).train()
@@ -158,15 +157,15 @@ def lightly(training: _Training, crops: list[Tensor], options: Options) -> Syste
         scores = [prototypes(F.normalize(head(backbone(x).flatten(1)), dim=1)).float() for x in planar]
         return criterion(scores[:2], scores[2:])
 
-    return stepping(network, loss, training)
+    return stepping(network, loss, step)
 
 
-def _new_network(options: Options, training: _Training) -> Any:
+def _new_network(options: Options, step: Step) -> Any:
     config = cfg.parse(Config, ["--data_path", "synthetic", "--arch", options.arch, "--size_crops",
                                 *map(str, options.size_crops), "--nmb_crops", *map(str, options.nmb_crops),
                                 "--min_scale_crops", *map(str, LOW[len(options.size_crops)]),
                                 "--max_scale_crops", *map(str, HIGH[len(options.size_crops)])])  # fmt: skip
-    return prototype_net(options.nmb_prototypes)(config).to(training.parts.world.device).train()
+    return prototype_net(options.nmb_prototypes)(config).to(step.parts.world.device).train()
 
 
 def memory(calls: dict[str, System]) -> dict[str, float]:
@@ -197,17 +196,17 @@ def never_waits(step: System, steps: int = 3) -> bool:
     return True
 
 
-def systems(training: _Training, batch: Batch, options: Options) -> dict[str, System]:
+def systems(step: Step, batch: Batch, options: Options) -> dict[str, System]:
     """What is compared; lightly where it is installed."""
-    crops = training.feed.crops(batch)
+    crops = step.feed.crops(batch)
     found: dict[str, System] = {
-        "ours": lambda: training.one_step([batch]),
-        "augmentation alone": lambda: training.feed.crops(batch),
-        "bare": bare(training, crops),
-        "eager": eager(training, crops, options),
+        "ours": lambda: step(0, [batch]),
+        "augmentation alone": lambda: step.feed.crops(batch),
+        "bare": bare(step, crops),
+        "eager": eager(step, crops, options),
     }
     try:
-        found["lightly"] = lightly(training, crops, options)
+        found["lightly"] = lightly(step, crops, options)
     except ImportError:
         print("lightly is not installed: left out")
     return found
@@ -220,13 +219,13 @@ def main() -> None:
     logging.disable(logging.INFO)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        training, batch = prepared(options, folder)
-        calls = systems(training, batch, options)
+        step, batch = prepared(options, folder)
+        calls = systems(step, batch, options)
         found = in_turns(calls, options.repeats, warmup=2)
         about: dict[str, Any] = {}
         if options.device == "cuda":
             about = {"gib": memory(calls), "never_waits": never_waits(calls["ours"])}
-        training.parts.run.close()
+        step.parts.run.close()
     rows = {}
     shape = f"{options.nmb_crops} x {options.size_crops} px"
     print(f"{options.arch}, {shape}, {options.batch_size} images, {options.device}\n")

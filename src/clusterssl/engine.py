@@ -5,22 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from clusterssl import checkpoint, dist, pulse
 from clusterssl.data import Batch
 from clusterssl.errors import DataGone, Stopped, UserError
 from clusterssl.grace import Grace, read_grace
-from clusterssl.method import Crops
 from clusterssl.monitor import Monitor
 from clusterssl.parts import Parts
 from clusterssl.preemption import StopRequest, requeue
+from clusterssl.profiling import Profile
 from clusterssl.progress import Progress
+from clusterssl.step import Step
 from clusterssl.watchdog import watching
 
 logger = logging.getLogger(__name__)
@@ -51,8 +50,9 @@ class _Training:
         self.parts, self.request = parts, request
         self.feed, self.bad = parts.feed, parts.feed.ledger
         self.feed.request, self.feed.before_stop = request, parts.run.saver.finish
-        parts.method.optimizer = parts.optimizer
-        self.scaler = self.feed.precision.scaler(parts.world.device)
+        self.one_step = Step(parts, self.watch)
+        self.profile = Profile(parts.schedule.profile, parts.run.folder / "profile", parts.world, parts.model)
+        self.feed.part = self.profile.part
         self.monitor = Monitor(parts.method.remedies)
         self.problem: UserError | None = None
         self.agreement = dist.Agreement(AGREED)
@@ -75,7 +75,9 @@ class _Training:
             while self.step < self.total:
                 self.epoch(self.step // self.steps_per_epoch)
             self.agreement.finish()
+            self.profile.finish()
         finally:
+            self.profile.close()
             self.progress.close()
             self.parts.run.close()
 
@@ -92,18 +94,20 @@ class _Training:
     def epoch(self, epoch: int) -> None:
         method, start = self.parts.method, self.step % self.steps_per_epoch
         if start == 0:
-            self.seed()
-            method.begin_epoch(epoch)
+            self.one_step.seed(self.step)
+            with self.profile.part("labels"):
+                method.begin_epoch(epoch)
         self.parts.model.train()
         for batches in self.progress.timed(self.batches(epoch, start)):
             self.refresh()
-            self.one_step(batches)
+            self.keep_count(self.one_step(self.step, batches))
             last = self.step % self.steps_per_epoch == 0
             if last or self.step % self.log_every() == 0:
                 self.log(epoch)
             if last:
                 self.end_epoch(epoch)
             self.save_or_stop()
+            self.profile.step()
 
     def refresh(self) -> None:
         """Let the method look at all images between two steps; a stop in there falls back to the checkpoint."""
@@ -111,51 +115,14 @@ class _Training:
             if self.saved_step != self.step:
                 self.save(wait=True)
             self.parts.run.saver.finish()
-            self.seed()
-            self.parts.method.refresh(self.step)
+            self.one_step.seed(self.step)
+            with self.profile.part("labels"):
+                self.parts.method.refresh(self.step)
             self.parts.model.train()
 
     def log_every(self) -> int:
         """Steps between two records; closer at the start, where runs go wrong."""
         return min(self.parts.schedule.log_freq, 5) if self.step <= 100 else self.parts.schedule.log_freq
-
-    def one_step(self, batches: list[Batch]) -> None:
-        parts = self.parts
-        rate = parts.schedule.learning_rate(self.step)
-        for group in parts.optimizer.param_groups:
-            group["lr"] = rate
-        if len(batches) > 1:
-            with self.feed.autocast():
-                parts.method.begin_step(self.shown(batches))
-        step_loss = self.loss.new_zeros(())
-        for number, batch in enumerate(batches):
-            self.seed(number)
-            with self.no_sync(number < len(batches) - 1):
-                with self.feed.autocast():
-                    loss = parts.method.loss(self.feed.crops(batch), self.index(batch)) / len(batches)
-                self.scaler.scale(loss).backward()
-            step_loss = step_loss + loss.detach()
-            self.watch(batch)
-        parts.method.before_step(self.step)
-        self.scaler.step(parts.optimizer)
-        self.scaler.update()
-        parts.optimizer.zero_grad(set_to_none=True)
-        self.keep_count(step_loss)
-
-    def shown(self, batches: list[Batch]) -> Iterator[tuple[Crops, Tensor]]:
-        """The micro-batches of a step ahead of their losses, with the dropout masks that they will meet there."""
-        for number, batch in enumerate(batches):
-            self.seed(number)
-            yield self.feed.crops(batch), self.index(batch)
-
-    def index(self, batch: Batch) -> Tensor:
-        """Dataset positions of a batch, on the device."""
-        return batch.index.to(self.parts.world.device, non_blocking=True)
-
-    def seed(self, micro_batch: int = 0) -> None:
-        """Make what torch draws from here on depend on step, micro-batch and rank, so that a resumed run repeats it."""
-        place = (self.parts.schedule.seed * 1_000_003 + self.step) * 2**10 + micro_batch
-        torch.manual_seed((place * 2**16 + self.parts.world.rank) % 2**63)
 
     def batches(self, epoch: int, start: int) -> Iterator[list[Batch]]:
         """Steps of an epoch; a rank that cannot load goes on with old images until all ranks have agreed to stop."""
@@ -163,7 +130,8 @@ class _Training:
         while True:
             first = last is None
             try:
-                last = next(source)
+                with self.profile.part("data"):
+                    last = next(source)
             except StopIteration:
                 return
             except UserError as error:
@@ -176,11 +144,6 @@ class _Training:
                 yield last  # the agreement is one step late
                 assert self.problem is not None
                 raise self.problem
-
-    def no_sync(self, more: bool) -> AbstractContextManager[Any]:
-        """Ranks exchange gradients only in the last backward pass of a step."""
-        model = self.parts.model
-        return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
 
     def watch(self, batch: Batch) -> None:
         if self.parts.method.seen is not None:
@@ -261,7 +224,7 @@ class _Training:
         """Start to write a checkpoint, when the one before is complete, or write it and `wait` for its end."""
         dist.raise_together(self.problem)  # no checkpoint of a step in which a rank went on with old images
         self.check_finite()
-        state = {"epoch": self.step // self.steps_per_epoch, "scaler": self.scaler.state_dict()}
+        state = {"epoch": self.step // self.steps_per_epoch, "scaler": self.one_step.scaler.state_dict()}
         state["loss_sum"] = float(dist.all_reduce_(self.loss_sum.clone(), "mean"))
         state["model"] = self.parts.record
         state["monitor"] = self.monitor.state_dict()
@@ -278,8 +241,8 @@ class _Training:
         state = checkpoint.load(self.parts.run, self.parts.model, self.parts.optimizer, self.parts.method)
         if state is None:
             return
-        if state["scaler"] and self.scaler.is_enabled():  # the precision may differ from the first start's
-            self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.one_step.scaler.is_enabled():  # the precision may differ from the first start's
+            self.one_step.scaler.load_state_dict(state["scaler"])
         self.monitor.load_state_dict(state["monitor"])
         self.step = state["step"]
         self.loss_sum.fill_(state["loss_sum"])

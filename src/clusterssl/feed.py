@@ -19,6 +19,7 @@ from clusterssl.errors import Stopped, UserError
 from clusterssl.method import Crops
 from clusterssl.precision import Precision
 from clusterssl.preemption import StopRequest, requeue
+from clusterssl.profiling import unprofiled
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class Feed:
     """the one that `fit` listens with"""
     before_stop: Callable[[], None] = lambda: None
     """called on all ranks together before a run is stopped between two steps"""
+    part: Callable[[str], AbstractContextManager[Any]] = unprofiled
+    """context of a named part of a step, see `profiling`"""
 
     @property
     def num_images(self) -> int:
@@ -88,8 +91,11 @@ class Feed:
 
     def crops(self, batch: Batch) -> Crops:
         """The augmented crops of a batch, on the device."""
-        crops = self.augment(batch.crops, batch.params, self.world.device)
-        return [crop.contiguous(memory_format=self.layout) for crop in crops]
+        with self.part("copy"):
+            moved = [crop.to(self.world.device, non_blocking=True) for crop in batch.crops]
+        with self.part("augmentation"):
+            crops = self.augment(moved, batch.params, self.world.device)
+            return [crop.contiguous(memory_format=self.layout) for crop in crops]
 
     def augmented(self, epoch: int) -> Iterator[tuple[Crops, Tensor]]:
         """One pass over this rank's (micro-)batches in the shuffled order of `epoch`, with its crops and augmentation.

@@ -167,6 +167,8 @@ class RunOptions:
     """copy them to Weights & Biases; WANDB_PROJECT, WANDB_MODE and its other variables say where and how"""
     report: bool = True
     """write report.html when the run has ended, with clusters of its images if they are at hand; 3 minutes at most"""
+    profile: int = 0
+    """steps, after a few others, whose time is taken apart: a table and a trace under profile/ in the run directory"""
     seed: int = 31
     """of weights, order, crops and augmentation"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -188,6 +190,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         require(self.log_freq > 0, f"--log_freq {self.log_freq}: must be at least 1")
+        require(self.profile >= 0, f"--profile {self.profile}: must not be negative")
         require(0 <= self.seed < 2**31, f"--seed {self.seed}: must lie between 0 and {2**31 - 1}")
         require(self.checkpoint_minutes >= 0, f"--checkpoint_minutes {self.checkpoint_minutes}: must not be negative")
         require(self.hang_minutes >= 0, f"--hang_minutes {self.hang_minutes}: must not be negative")

@@ -32,6 +32,8 @@ class Schedule:
     stop_on_collapse: bool = False
     hang_minutes: float = 0.0
     """of stillness after which a rank ends itself; 0: never"""
+    profile: int = 0
+    """steps whose time is taken apart"""
 
 
 @dataclass

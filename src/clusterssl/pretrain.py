@@ -55,7 +55,7 @@ FREE = frozenset(
      "accumulate", "epochs", "base_lr", "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init",
      "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse", "tensorboard", "wandb",
      "report", "hang_minutes", "device", "dist_url", "timeout_minutes", "join_timeout_seconds", "world_size", "rank",
-     "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size"]
+     "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size", "profile"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -233,7 +233,7 @@ def _schedule(config: PretrainConfig, learning_rate: Callable[[int], float]) -> 
     return Schedule(
         epochs=config.optim.epochs, learning_rate=learning_rate, seed=run.seed, log_freq=run.log_freq,
         checkpoint_freq=run.checkpoint_freq, checkpoint_minutes=run.checkpoint_minutes,
-        stop_on_collapse=run.stop_on_collapse, hang_minutes=run.hang_minutes,
+        stop_on_collapse=run.stop_on_collapse, hang_minutes=run.hang_minutes, profile=run.profile,
     )  # fmt: skip
 
 

@@ -127,7 +127,7 @@ class SwAV(Method):
 
     def of_assigned(self, rows_NX: Tensor) -> Tensor:
         """Rows of the assigned views, [A, B, X]."""
-        return rows_NX.unflatten(0, (self.views, -1))[self.assigned]
+        return torch.stack([rows_NX.unflatten(0, (self.views, -1))[a] for a in self.assigned])
 
     def before_step(self, step: int) -> None:
         if step < self.frozen_steps:

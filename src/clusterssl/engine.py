@@ -100,7 +100,7 @@ class _Training:
         self.parts.model.train()
         for batches in self.progress.timed(self.batches(epoch, start)):
             self.refresh()
-            self.keep_count(self.one_step(self.step, batches))
+            self.learn(batches)
             last = self.step % self.steps_per_epoch == 0
             if last or self.step % self.log_every() == 0:
                 self.log(epoch)
@@ -108,6 +108,10 @@ class _Training:
                 self.end_epoch(epoch)
             self.save_or_stop()
             self.profile.step()
+
+    def learn(self, batches: list[Batch]) -> None:
+        """One step; nothing in here waits for the device."""
+        self.keep_count(self.one_step(self.step, batches))
 
     def refresh(self) -> None:
         """Let the method look at all images between two steps; a stop in there falls back to the checkpoint."""

@@ -93,7 +93,7 @@ class OfflineMethod(Method):
 
     def of_assigned(self, rows_NX: Tensor) -> Tensor:
         """Rows of the assigned views, [A, B, X]."""
-        return rows_NX.unflatten(0, (self.views, -1))[self.assigned]
+        return torch.stack([rows_NX.unflatten(0, (self.views, -1))[a] for a in self.assigned])
 
     def state_dict(self) -> dict[str, Any]:
         return self.labels.state_dict()

@@ -27,9 +27,7 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 def to_device(array: NDArray, device: torch.device) -> Tensor:
     """Copies a small array to the device without waiting for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def luma(x_N3HW: Tensor) -> Tensor:

@@ -111,6 +111,8 @@ class OptimOptions:
     """passes over the images"""
     batch_size: int = 64
     """images per rank and backward pass; a step sees batch_size x accumulate x ranks"""
+    auto_batch: bool = False
+    """the largest batch that fits instead; learning rates and queues follow, from those given for --batch_size"""
     accumulate: int = 1
     """backward passes per step; assignments and queue see the whole step (costs one extra forward pass of it)"""
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from clusterssl import dist
+from clusterssl.auto_batch import with_batch
 from clusterssl.batchnorm import synchronise
 from clusterssl.checkpoint import distribute
 from clusterssl.closing import close_with_page
@@ -55,7 +56,8 @@ FREE = frozenset(
      "accumulate", "epochs", "base_lr", "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init",
      "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse", "tensorboard", "wandb",
      "report", "hang_minutes", "device", "dist_url", "timeout_minutes", "join_timeout_seconds", "world_size", "rank",
-     "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size", "profile"]
+     "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size", "profile",
+     "auto_batch"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -142,9 +144,11 @@ def assemble(
     Raises:
         UserError: bad images, flags, weights or run directory, in the words of the part that found it.
     """
-    torch.manual_seed(config.run.seed)
     data, patience_s = config.data, 60 * config.data.data_patience_minutes
     source = open_source(data.data_path, subset_file=data.subset_file, patience_s=patience_s, cache=data.cache)
+    if config.optim.auto_batch:
+        config = with_batch(config, len(source), world, make_model)
+    torch.manual_seed(config.run.seed)
     loader = make_loader(source, config, world, multicrop=multicrop, images_per_epoch=images_per_epoch)
     model = _placed(make_model(config), config, world)
     wrapped = distribute(model, world)

@@ -112,6 +112,6 @@ def test_ram_keeps_small_images_beyond_the_limit_of_auto(small: Path, monkeypatc
 def test_ram_is_refused_where_it_does_not_fit(large: bool, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if large:
         Image.effect_noise((300, 200), 50).save(small / "1.png")
-    monkeypatch.setattr(module, "_available_bytes", lambda: 2000.0)
+    monkeypatch.setattr(module, "available_bytes", lambda: 2000.0)
     with pytest.raises(UserError, match="--cache ram: 1 ranks on this machine need"):
         open_source(str(small), cache="ram")

@@ -159,7 +159,7 @@ def _size(source: Any, i: int) -> int:
 
 def _check_memory(wanted: int) -> None:
     ranks = dist.local_size()
-    free = _available_bytes()
+    free = available_bytes()
     if wanted * ranks > _USABLE * free:
         raise UserError(
             f"--cache ram: {ranks} ranks on this machine need {wanted * ranks / 2**30:.1f} GiB, and "
@@ -168,7 +168,7 @@ def _check_memory(wanted: int) -> None:
         )
 
 
-def _available_bytes() -> float:
+def available_bytes() -> float:
     """Memory that this process may still take up; infinite where the system does not say."""
     available = float("inf")
     with contextlib.suppress(OSError, ValueError, StopIteration):
@@ -178,4 +178,10 @@ def _available_bytes() -> float:
         group = Path("/sys/fs/cgroup")
         most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         available = min(available, most - used)
-    return available
+    with contextlib.suppress(OSError, ValueError, ImportError):  # ulimit -v
+        import resource
+
+        most, used = resource.getrlimit(resource.RLIMIT_AS)[0], int(Path("/proc/self/statm").read_text().split()[0])
+        if most != resource.RLIM_INFINITY:
+            available = min(available, most - used * resource.getpagesize())
+    return max(available, 0.0)

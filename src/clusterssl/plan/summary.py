@@ -15,6 +15,7 @@ from clusterssl.plan.measured import Speed
 from clusterssl.plan.network import Network, Share, shares
 from clusterssl.plan.rehearsal import Rehearsed
 
+RESIDENT = "Python and PyTorch"
 PREFETCH = 2
 """batches that every loader process has ready"""
 
@@ -78,7 +79,7 @@ class Plan:
         batch = loader.batch_size * sum(3 * height * width for height, width in loader.multicrop.sizes)
         workers = min(self.config.data.workers, os.cpu_count() or 1) if not self.job.gpu else self.config.data.workers
         process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        held = {"Python and PyTorch": process, "batches ready": (PREFETCH * workers + 2) * batch}
+        held = {RESIDENT: process, "batches ready": (PREFETCH * workers + 2) * batch}
         held["copy while a checkpoint is written"] = sum(self.rehearsed.files.values())
         return held | ({"features of all images": self.between.host} if self.between and self.between.host else {})
 
@@ -124,7 +125,7 @@ class Plan:
 
     def _host(self) -> Iterator[Row]:
         for name, nbytes in self.host_bytes.items():
-            notes = {"Python and PyTorch": "of this process here, shared with its workers",
+            notes = {RESIDENT: "of this process here, shared with its workers",
                      "batches ready": f"uint8, {PREFETCH} for each of {self.config.data.workers} workers"}  # fmt: skip
             yield Row("memory of a node", name, f"{self.job.per_node} x {size(nbytes)}", notes.get(name, ""))
         yield Row("memory of a node", "together", size(self.job.per_node * sum(self.host_bytes.values())))

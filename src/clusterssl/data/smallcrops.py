@@ -1,9 +1,8 @@
 """Crops of many small images of equal size at once: the same bits as `boxes.resized_crop`, a fraction of the time.
 
-An antialiased resize is a product with one matrix per axis. torch computes it for uint8 in integers: weights rounded to
-15 bits, each pass rounded to uint8. Those integers are exact in float32 as long as their products and sums stay below
-2^24 (of the cubic kernel, in float64), whatever the order of summation, so batched float matrix products give identical
-bits on every machine.
+An antialiased resize is a product with one matrix per axis, of integers (see `resizing`). These are exact in float32 as
+long as their products and sums stay below 2^24 (of the cubic kernel, in float64), whatever the order of summation, so
+batched float matrix products give identical bits on every machine.
 
 Suffixes: B rows of a batch, H x W pixels of the image, h x w of the crop.
 """
@@ -18,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clusterssl.data.boxes import SMALL_SIDE, Interpolation
+from clusterssl.data.resizing import power_of_two, spread, taps_of
 
 MAX_REDUCTION = 2
 """Up to this factor the rounded weights have at most 16 fractional bits, which float32 holds exactly with a pixel."""
+_BITS = 16
 
 
 def is_small(height: int, width: int, sizes: tuple[tuple[int, int], ...]) -> bool:
@@ -29,49 +30,17 @@ def is_small(height: int, width: int, sizes: tuple[tuple[int, int], ...]) -> boo
     return fits and max(height, width, *(side for size in sizes for side in size)) <= SMALL_SIDE
 
 
-def _triangle(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.maximum(1 - np.abs(x), 0)
-
-
-def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Keys' kernel with a = -0.5, as PIL's."""
-    x = np.abs(x)
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return np.where(x < 1, near, np.where(x < 2, far, 0))
-
-
-_KERNELS = {"bilinear": (_triangle, 1), "bicubic": (_cubic, 2)}  # and how far they reach
 _EXACT = {"bilinear": torch.float32, "bicubic": torch.float64}  # cubic weights have both signs and larger sums
-
-
-def axis_weights(length: int, out: int, interpolation: Interpolation = "bilinear") -> NDArray[np.float64]:
-    """torch's antialiased uint8 weights from `length` to `out` pixels, [out, length], as exact fractions."""
-    if length == out:
-        return np.eye(out)
-    kernel, reach = _KERNELS[interpolation]
-    scale = length / out
-    stretch = max(scale, 1.0)
-    support = reach * stretch
-    centre = scale * (np.arange(out) + 0.5)[:, None]
-    pixel = np.arange(length)[None, :]
-    start = np.floor(np.maximum(centre - support + 0.5, 0))
-    stop = np.minimum(np.floor(centre + support + 0.5), length)
-    weights = kernel((pixel - centre + 0.5) / stretch) * ((pixel >= start) & (pixel < stop))
-    weights /= weights.sum(axis=1, keepdims=True)
-    bits = 0
-    while bits < 22 and int(0.5 + weights.max() * 2 ** (bits + 1)) < 2**15:
-        bits += 1
-    assert bits <= 16, "float32 would round"
-    return np.trunc(weights * 2**bits + np.copysign(0.5, weights)) / 2**bits
 
 
 @lru_cache(maxsize=32)
 def _table(side: int, out: int, interpolation: Interpolation) -> Tensor:
     """Weights of every box length, padded for every box start: a view [length, start, out, side]."""
-    table = np.zeros((side + 1, out, 2 * side))
-    for length in range(1, side + 1):
-        table[length, :, side : side + length] = axis_weights(length, out, interpolation)
-    return torch.from_numpy(table).to(_EXACT[interpolation]).unfold(2, side, 1).permute(0, 2, 1, 3)
+    first, whole, bits = taps_of(torch.arange(1, side + 1), side, out, interpolation)
+    assert interpolation == "bicubic" or int(bits.max()) <= _BITS, "float32 would round"
+    table = torch.zeros(side + 1, out, 2 * side, dtype=_EXACT[interpolation])
+    table[1:, :, side:] = spread(first, whole / power_of_two(bits)[:, None, None], side)
+    return table.unfold(2, side, 1).permute(0, 2, 1, 3)
 
 
 def _weights(

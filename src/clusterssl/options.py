@@ -38,9 +38,9 @@ class DataOptions:
     """probability of a horizontal flip"""
     workers: int = 10
     """loader processes per rank; at most the number of cores is used, 0 loads in the training process"""
-    cache: Literal["auto", "ram", "none"] = "auto"
+    cache: Literal["auto", "ram", "device", "none"] = "auto"
     """images kept in memory after the first epoch: small ones up to 1 GiB (auto), all (ram: decoded up to 96 px, of
-    larger ones the files), or none"""
+    larger ones the files), none, or from the start all on the training device, to be cropped there (device)"""
     data_patience_minutes: float = 10.0
     """minutes to wait for images whose file system is out of reach, before the run ends with 75, to be resumed"""
     max_bad_fraction: float = 0.01

@@ -21,7 +21,7 @@ from clusterssl.batchnorm import synchronise
 from clusterssl.checkpoint import distribute
 from clusterssl.closing import close_with_page
 from clusterssl.config import command, gives, plain
-from clusterssl.data import Augment, BadImages, Loader, MultiCrop, Source, fingerprint, open_source
+from clusterssl.data import Augment, BadImages, Loader, MultiCrop, Resident, Source, fingerprint, open_source, reside
 from clusterssl.dist import World
 from clusterssl.feed import Feed
 from clusterssl.log import log_to_screen
@@ -149,7 +149,10 @@ def assemble(
     if config.optim.auto_batch:
         config = with_batch(config, len(source), world, make_model)
     torch.manual_seed(config.run.seed)
-    loader = make_loader(source, config, world, multicrop=multicrop, images_per_epoch=images_per_epoch)
+    resident = reside(source, world.device, _workers(config)) if data.cache == "device" else None
+    loader = make_loader(
+        source, config, world, multicrop=multicrop, images_per_epoch=images_per_epoch, resident=resident
+    )
     model = _placed(make_model(config), config, world)
     wrapped = distribute(model, world)
     run = Run(config.run.dump_path, world, config.run.mirrors)
@@ -178,8 +181,9 @@ def make_loader(
     *,
     multicrop: MultiCrop | None = None,
     images_per_epoch: Callable[[T, int], int] | None = None,
+    resident: Resident | None = None,
 ) -> Loader:
-    """Batches of these images for one rank; arguments and errors as of `assemble`."""
+    """Batches of these images for one rank, maybe `resident`; other arguments and errors as of `assemble`."""
     data = config.data
     crops = multicrop or MultiCrop(
         nmb_crops=data.nmb_crops, size_crops=data.size_crops, min_scale_crops=data.min_scale_crops,
@@ -188,10 +192,14 @@ def make_loader(
     )  # fmt: skip
     return Loader(
         source, crops, batch_size=config.optim.batch_size, accumulate=config.optim.accumulate,
-        rank=world.rank, world_size=world.size, seed=config.run.seed, workers=min(data.workers, os.cpu_count() or 1),
-        pin_memory=world.device.type == "cuda",
+        rank=world.rank, world_size=world.size, seed=config.run.seed, workers=_workers(config),
+        pin_memory=world.device.type == "cuda", resident=resident,
         images_per_epoch=images_per_epoch(config, len(source)) if images_per_epoch else None,
     )  # fmt: skip
+
+
+def _workers(config: PretrainConfig) -> int:
+    return min(config.data.workers, os.cpu_count() or 1)
 
 
 def _placed(model: Any, config: PretrainConfig, world: World) -> Any:

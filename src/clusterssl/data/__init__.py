@@ -9,6 +9,7 @@ from clusterssl.data.decode import BadImageError
 from clusterssl.data.evalset import EvalBatch, eval_batches, resize_for
 from clusterssl.data.loader import Loader
 from clusterssl.data.multicrop import CropParams, MultiCrop
+from clusterssl.data.resident import Resident, reside
 from clusterssl.data.sampler import PositionSampler, epoch_batches
 from clusterssl.data.source import Source, fingerprint, open_source
 
@@ -25,6 +26,7 @@ __all__ = [
     "MultiCrop",
     "MultiCropDataset",
     "PositionSampler",
+    "Resident",
     "Source",
     "collate",
     "epoch_batches",
@@ -32,5 +34,6 @@ __all__ = [
     "fingerprint",
     "normalize",
     "open_source",
+    "reside",
     "resize_for",
 ]

@@ -21,7 +21,7 @@ from clusterssl import dist
 from clusterssl.data.decode import BadImageError, decode
 from clusterssl.errors import UserError
 
-Cache = Literal["auto", "ram", "none"]
+Cache = Literal["auto", "ram", "device", "none"]
 MAX_IMAGE_BYTES = 3 * 96 * 96
 MAX_BYTES = 2**30
 _PROBES = 8
@@ -124,7 +124,8 @@ def cached(source: Any, cache: Cache) -> Any:
     Args:
         source: images in files.
         cache: "auto" keeps decoded images if they are small and 1 GiB holds all, as its first readable image says;
-            "ram" keeps small images decoded, of others the files, whatever memory that takes; "none" keeps nothing.
+            "ram" keeps small images decoded, of others the files, whatever memory that takes; "none" keeps nothing;
+            "device" keeps what "auto" does, for all but the training crops, which come from `resident`.
 
     Raises:
         UserError: "ram", and this machine's memory does not hold all images once for each of its ranks.

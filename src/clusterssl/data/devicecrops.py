@@ -48,6 +48,11 @@ class Pixels:
         ends = np.cumsum(height_N * width_N)
         return cls(flat_P3, height_N, width_N, np.r_[0, ends[:-1]])
 
+    def image(self, i: int) -> Tensor:
+        """Image i, uint8 [3, H, W]; a view."""
+        height, width, start = (int(values[i]) for values in (self.height_N, self.width_N, self.start_N))
+        return self.flat_P3[start : start + height * width].view(height, width, 3).permute(2, 0, 1)
+
 
 @torch.no_grad()
 def device_crops(

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from clusterssl.data.sampler import PositionSampler
 from clusterssl.data.source import FileSource, Source
 from clusterssl.data.subset import ClassSubset
 from clusterssl.errors import DataGone, UserError
+
+if TYPE_CHECKING:
+    from clusterssl.data.resident import Resident
 
 
 @contextmanager
@@ -125,6 +128,7 @@ class Loader:
         pin_memory: bool = False,
         images_per_epoch: int | None = None,
         persistent: bool = True,
+        resident: Resident | None = None,
     ) -> None:
         """Prepares the workers.
 
@@ -139,6 +143,7 @@ class Loader:
             pin_memory: deliver in pinned memory, for copies to a GPU that do not wait.
             images_per_epoch: images that an epoch visits; those of the dataset when None.
             persistent: keep the workers from one epoch to the next.
+            resident: the same images on the training device, to be cropped there without workers.
 
         Raises:
             UserError: the global batch is larger than the dataset, or a number is out of range.
@@ -148,6 +153,7 @@ class Loader:
         self._again = partial(
             Loader, source, multicrop, batch_size=batch_size, accumulate=accumulate, rank=rank, world_size=world_size,
             seed=seed, workers=workers, pin_memory=pin_memory, persistent=False,
+            resident=resident,
         )  # fmt: skip
         self.batch_size, self.accumulate, self.seed, self.workers = batch_size, accumulate, seed, workers
         self.sampler = PositionSampler(
@@ -160,8 +166,7 @@ class Loader:
                 f"{world_size} ranks) is larger than an epoch of the dataset ({self.sampler.images} images): lower "
                 "--batch_size or --accumulate"
             )
-        self.source = source
-        self.multicrop = multicrop
+        self.source, self.multicrop, self.resident = source, multicrop, resident
         self._loader: DataLoader[Batch] = DataLoader(
             Guarded(MultiCropDataset(source, multicrop, seed)),
             batch_sampler=self.sampler,
@@ -185,6 +190,8 @@ class Loader:
 
     def faster(self) -> str:
         """Which flag would make loading faster, in one line."""
+        if self.resident is not None:
+            return "the crops are cut on the training device: take fewer or smaller ones (--nmb_crops, --size_crops)"
         ranks = dist.local_size()
         cores = os.cpu_count() or 1
         if self.workers < cores // ranks:
@@ -209,11 +216,16 @@ class Loader:
         """
         self.sampler.epoch, self.sampler.start, self.sampler.order = epoch, start_step, order
         step: list[Batch] = []
-        for batch in checked(self._loader):
+        for batch in self._batches():
             step.append(batch)
             if len(step) == self.sampler.accumulate:
                 yield step
                 step = []
+
+    def _batches(self) -> Iterator[Batch]:
+        if self.resident is None:
+            return checked(self._loader)
+        return (self.resident.batch(self.multicrop, self.seed, keys) for keys in self.sampler)
 
 
 __all__ = ["Failure", "Guarded", "Key", "Loader", "checked", "quiet_worker", "same"]

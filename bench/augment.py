@@ -4,9 +4,10 @@
     python bench/augment.py --device cuda --images 256 --repeats 30
 
 Crops are uint8, 2 x 224 + 6 x 96 an image, cut from real photographs. "one by one" applies torchvision's functionals of
-tensors to one crop after the other with the parameters ours was given. kornia and torchvision v2 draw parameters of
-their own with the same distributions; v2 draws them once a batch, which is less work. The systems take turns; medians
-count. On a GPU the time includes the copy of the crops.
+tensors to one crop after the other with the parameters ours was given. "ours, compiled" is what --compile does, its
+compilation not counted; on a CPU --compile leaves the augmentation as it is. kornia and torchvision v2 draw parameters
+of their own with the same distributions; v2 draws them once a batch, which is less work. The systems take turns;
+medians count. On a GPU the time includes the copy of the crops.
 """
 
 from __future__ import annotations
@@ -104,10 +105,11 @@ def batch_of(options: Options) -> Batch:
 
 def systems(batch: Batch, device: str) -> dict[str, System]:
     """What is compared; kornia where it is installed."""
-    ours, other = Augment(), torchvision_v2()
+    ours, compiled, other = Augment(), Augment().fuse(), torchvision_v2()
     resolutions = [torch.cat(batch.crops[:2]), torch.cat(batch.crops[2:])]
     found: dict[str, System] = {
         "ours": lambda: ours(batch.crops, batch.params, device),
+        "ours, compiled": lambda: compiled(batch.crops, batch.params, device),
         "one by one": lambda: one_by_one(batch.crops, batch.params, device),
         "torchvision v2": lambda: [other(x.to(device)) for x in resolutions],
     }

@@ -86,7 +86,7 @@ class TrunkOptions:
     channels_last: bool = True
     """memory layout in which convolutions are fastest, on CPUs and on GPUs with mixed precision"""
     compile: bool = False
-    """compile the backbone with torch.compile"""
+    """compile the backbone, and on GPUs the augmentation, with torch.compile"""
 
     def __post_init__(self) -> None:
         known = ("pytorch", "apex", "none")

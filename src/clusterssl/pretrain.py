@@ -20,6 +20,7 @@ from clusterssl.auto_batch import with_batch
 from clusterssl.batchnorm import synchronise
 from clusterssl.checkpoint import distribute
 from clusterssl.closing import close_with_page
+from clusterssl.compiling import compile_module, require_compiler
 from clusterssl.config import command, gives, plain
 from clusterssl.data import Augment, BadImages, Loader, MultiCrop, Resident, Source, fingerprint, open_source, reside
 from clusterssl.dist import World
@@ -158,7 +159,10 @@ def assemble(
     run = Run(config.run.dump_path, world, config.run.mirrors)
     ledger = BadImages(loader.source, run.folder / "bad_images.txt", max_bad_fraction=config.data.max_bad_fraction)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
-    feed = Feed(loader, augment or Augment(), world, layout, _precision(config, world), ledger)
+    augment = augment or Augment()
+    if config.model.compile and world.device.type == "cuda":  # on CPUs it is slower, see bench/augment.py
+        augment = augment.fuse(layout)
+    feed = Feed(loader, augment, world, layout, _precision(config, world), ledger)
     method = make_method(wrapped, config, feed)
     flags = plain(config)
     facts = {"global_batch": loader.global_batch, "num_images": feed.num_images}
@@ -205,6 +209,8 @@ def _workers(config: PretrainConfig) -> int:
 def _placed(model: Any, config: PretrainConfig, world: World) -> Any:
     """The network with its first weights, on the device, its statistics shared as the flags say."""
     options = config.model
+    if options.compile:
+        require_compiler(world.device)
     check_crop_sizes(model.backbone, config.data.size_crops)
     if options.init:
         init_model(model, options.init)
@@ -213,7 +219,7 @@ def _placed(model: Any, config: PretrainConfig, world: World) -> Any:
         model.to(memory_format=torch.channels_last)
     synchronise(model, options.sync_bn, options.syncbn_process_group_size, world.device)
     if options.compile:
-        model.backbone.compile()
+        compile_module(model.backbone)
     return model
 
 

@@ -9,7 +9,7 @@ Suffixes: V views, B rows of a batch, N images, P parameters, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clusterssl.data.blur import gaussian_blur
 from clusterssl.data.color import jitter, luma, replace_rows, solarize, to_device
+from clusterssl.data.fused import Fused
 from clusterssl.data.params import Param
 
 MEAN = (0.485, 0.456, 0.406)
@@ -46,6 +47,12 @@ class Augment(nn.Module):
         super().__init__()
         self.mean = tuple(mean)
         self.std = tuple(std)
+        self.fused: Fused | None = None
+
+    def fuse(self, layout: torch.memory_format = torch.contiguous_format) -> Augment:
+        """This augmentation, from now on compiled, its results in that memory format: one graph for each crop size."""
+        self.fused = Fused(self.mean, self.std, layout)
+        return self
 
     @torch.no_grad()
     def forward(
@@ -69,7 +76,9 @@ class Augment(nn.Module):
             moved = [crops[v].to(device, non_blocking=True) for v in group]
             x_N3HW = moved[0] if len(group) == 1 else torch.cat(moved)
             params_NP = params[group].reshape(len(x_N3HW), -1)
-            chunks = [self._augment(x_N3HW[rows], params_NP[rows]) for rows in _chunks(x_N3HW)]
+            chosen: Callable[[Tensor, NDArray[np.float32]], Tensor] = self.fused or self._augment
+            limit = _CHUNK_ELEMENTS["cpu" if device.type == "cpu" and self.fused is None else "other"]
+            chunks = [chosen(x_N3HW[rows], params_NP[rows]) for rows in _chunks(x_N3HW, limit)]
             whole = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
             out += whole.split(len(crops[group[0]]))
         return out
@@ -94,8 +103,7 @@ class Augment(nn.Module):
         return normalize(x_N3HW, self.mean, self.std, white=1.0)
 
 
-def _chunks(x_N3HW: Tensor) -> Iterator[slice]:
-    limit = _CHUNK_ELEMENTS.get(x_N3HW.device.type, _CHUNK_ELEMENTS["other"])
+def _chunks(x_N3HW: Tensor, limit: int) -> Iterator[slice]:
     rows = max(1, limit // max(x_N3HW[0].numel(), 1))
     for start in range(0, len(x_N3HW), rows):
         yield slice(start, start + rows)

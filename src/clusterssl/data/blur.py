@@ -9,6 +9,7 @@ Suffixes: N images, T taps, H x W pixels.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -21,20 +22,20 @@ from clusterssl.data.color import to_device
 _PASSES = 3
 
 
-def box_kernels(radius_N: NDArray[np.float32]) -> NDArray[np.float64]:
-    """One pass of PIL's blur for each radius in pixels, [N, T] with T odd; rows sum to 1."""
+def box_kernels(radius_N: NDArray[np.float32], least_reach: int = 0) -> NDArray[np.float64]:
+    """One pass of PIL's blur for each radius in pixels, [N, T] with T odd and above 2 `least_reach`; rows sum to 1."""
     radius = radius_N.astype(np.float64)
     variance = radius**2 / _PASSES
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    reach = int(whole.max()) + 1
+    reach = max(int(whole.max()) + 1, least_reach)
     distance = np.abs(np.arange(-reach, reach + 1))
     box = np.where(distance <= whole[:, None], 1.0, np.where(distance == whole[:, None] + 1, part[:, None], 0.0))
     return box / (2 * (whole + part) + 1)[:, None]
 
 
 @lru_cache(maxsize=32)
-def _places(n: int, reach: int, device: torch.device) -> Tensor:
+def blur_places(n: int, reach: int, device: torch.device) -> Tensor:
     """Where entry (i, j) of the n x n matrix of one pass stands in a table row, int64 [n * n].
 
     A table row holds the T taps, one zero, and the running sums of the taps: a border column collects every tap that
@@ -49,26 +50,34 @@ def _places(n: int, reach: int, device: torch.device) -> Tensor:
     return to_device(places.reshape(-1), device)
 
 
-def blur_matrices(table: Tensor, n: int) -> Tensor:
-    """Matrices with blurred = M^3 x along an axis of n pixels, [N, n, n], from rows of `_table`."""
-    if n == 1:
-        return table.new_ones(len(table), 1, 1)
-    reach = (table.shape[1] - 3) // 4
-    once = table.index_select(1, _places(n, reach, table.device)).view(-1, n, n)
-    return once @ once @ once
-
-
-def _table(kernel_NT: NDArray[np.float64]) -> NDArray[np.float32]:
+def blur_tables(radius_N: NDArray[np.float32], least_reach: int = 0) -> NDArray[np.float32]:
+    """Table rows of these radii in pixels, see `blur_places`; radius 0 blurs nothing."""
+    kernel_NT = box_kernels(radius_N, least_reach)
     zero = np.zeros((len(kernel_NT), 1))
     return np.concatenate([kernel_NT, zero, kernel_NT.cumsum(axis=1)], axis=1).astype(np.float32)
 
 
+def blur_matrices(tables_NT: Tensor, places: Tensor) -> Tensor:
+    """Matrices with blurred = M^3 x along an axis, [N, n, n], from `blur_tables` and `blur_places` of n pixels."""
+    n = math.isqrt(len(places))
+    if n == 1:
+        return tables_NT.new_ones(len(tables_NT), 1, 1)
+    once = tables_NT.index_select(1, places).view(-1, n, n)
+    return once @ once @ once
+
+
+def blur_axes(x_N3HW: Tensor, tables_NT: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """Blurs float images, given the places of both axes."""
+    n, channels, height, width = x_N3HW.shape
+    across_NWW = blur_matrices(tables_NT, across)
+    down_NHH = across_NWW if height == width else blur_matrices(tables_NT, down)
+    rows = x_N3HW.reshape(n, channels * height, width) @ across_NWW.transpose(1, 2)
+    return down_NHH[:, None] @ rows.view(n, channels, height, width)
+
+
 def gaussian_blur(x_N3HW: Tensor, radius_N: NDArray[np.float32]) -> Tensor:
     """Blurs float images [N, 3, H, W]; radius in pixels, above 0."""
-    n, channels, height, width = x_N3HW.shape
-    table = to_device(_table(box_kernels(radius_N)), x_N3HW.device)
+    tables = blur_tables(radius_N)
+    places = [blur_places(side, (tables.shape[1] - 3) // 4, x_N3HW.device) for side in x_N3HW.shape[2:]]
     with torch.autocast(x_N3HW.device.type, enabled=False):
-        across = blur_matrices(table, width)
-        down = across if height == width else blur_matrices(table, height)
-        rows = x_N3HW.reshape(n, channels * height, width) @ across.transpose(1, 2)
-        return down[:, None] @ rows.view(n, channels, height, width)
+        return blur_axes(x_N3HW, to_device(tables, x_N3HW.device), *places)

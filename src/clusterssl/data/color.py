@@ -21,7 +21,7 @@ from clusterssl.data.params import JITTER_ORDERS, Param
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights
 _SOLARIZE_FROM = 128 / 255
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 def to_device(array: NDArray, device: torch.device) -> Tensor:
@@ -81,13 +81,13 @@ class JitterPlan:
         columns = [Param.BRIGHTNESS, Param.CONTRAST, Param.SATURATION, Param.HUE]
         factor_RN = np.take_along_axis(params_NP[:, columns].T, op_RN, axis=0)
         hue_N = params_NP[:, Param.HUE]
-        rows = [np.flatnonzero((op_N == _HUE) & (hue_N != 0)) for op_N in op_RN]
-        factor_RN = np.where(op_RN == _HUE, np.float32(1), factor_RN)
+        rows = [np.flatnonzero((op_N == HUE) & (hue_N != 0)) for op_N in op_RN]
+        factor_RN = np.where(op_RN == HUE, np.float32(1), factor_RN)
         rest_RN = np.float32(1) - factor_RN
         return cls(
             factor_RN,
-            np.where(op_RN == _SATURATION, rest_RN, np.float32(0)),
-            np.where(op_RN == _CONTRAST, rest_RN, np.float32(0)),
+            np.where(op_RN == SATURATION, rest_RN, np.float32(0)),
+            np.where(op_RN == CONTRAST, rest_RN, np.float32(0)),
             rows,
             hue_N,
         )

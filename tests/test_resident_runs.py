@@ -50,3 +50,12 @@ def test_two_ranks_train_as_with_loaders(tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "resident", tmp_path / "loaded")
     first, alone = ([record["loss"] for record in metrics(tmp_path / name)] for name in ("resident", "alone"))
     torch.testing.assert_close(torch.tensor(first[:6]), torch.tensor(alone[:6]), rtol=1e-3, atol=1e-3)
+
+
+def test_without_a_gpu_none_decodes(tmp_path: Path) -> None:
+    words = [*TINY, "--batch_size", "16", "--dump_path", str(tmp_path), "--decode", "gpu"]
+    codes, said = Launched("main_swav.py", *words).wait()
+    assert codes == [2] and "--decode gpu: needs a CUDA GPU, and this run is on cpu" in said
+    codes, said = Launched("main_swav.py", *words, "--cache", "device").wait()
+    assert codes == [2] and "--cache device --decode gpu" in said
+    assert not list(tmp_path.iterdir())

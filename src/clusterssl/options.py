@@ -41,6 +41,8 @@ class DataOptions:
     cache: Literal["auto", "ram", "device", "none"] = "auto"
     """images kept in memory after the first epoch: small ones up to 1 GiB (auto), all (ram: decoded up to 96 px, of
     larger ones the files), none, or from the start all on the training device, to be cropped there (device)"""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """who decodes JPEGs: the workers, or the GPU (nvJPEG), which then crops and resizes, too, and workers only read"""
     data_patience_minutes: float = 10.0
     """minutes to wait for images whose file system is out of reach, before the run ends with 75, to be resumed"""
     max_bad_fraction: float = 0.01
@@ -58,6 +60,8 @@ class DataOptions:
         require(min(self.nmb_crops) > 0, f"--nmb_crops {self.nmb_crops}: every resolution needs at least one crop")
         for low, high in zip(self.min_scale_crops, self.max_scale_crops, strict=True):
             require(0 < low <= high <= 1, f"--min_scale_crops {low} --max_scale_crops {high}: need 0 < min <= max <= 1")
+        both = self.cache == "device" and self.decode == "gpu"
+        require(not both, "--cache device --decode gpu: images on the device are decoded once; leave --decode away")
         require(self.workers >= 0, f"--workers {self.workers}: must not be negative")
         patience = self.data_patience_minutes
         require(patience >= 0, f"--data_patience_minutes {patience}: must not be negative")

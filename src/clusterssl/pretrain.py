@@ -23,6 +23,7 @@ from clusterssl.closing import close_with_page
 from clusterssl.compiling import compile_module, require_compiler
 from clusterssl.config import command, gives, plain
 from clusterssl.data import Augment, BadImages, Loader, MultiCrop, Resident, Source, fingerprint, open_source, reside
+from clusterssl.data.devicedecode import DeviceDecode, gpu_decoder
 from clusterssl.dist import World
 from clusterssl.feed import Feed
 from clusterssl.log import log_to_screen
@@ -53,12 +54,12 @@ class PretrainConfig(Protocol):
 
 
 FREE = frozenset(
-    ["data_path", "subset_file", "cache", "workers", "max_bad_fraction", "data_patience_minutes", "batch_size",
-     "accumulate", "epochs", "base_lr", "final_lr", "wd", "warmup_epochs", "start_warmup", "clip_grad", "init",
-     "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse", "tensorboard", "wandb",
-     "report", "hang_minutes", "device", "dist_url", "timeout_minutes", "join_timeout_seconds", "world_size", "rank",
-     "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype", "syncbn_process_group_size", "profile",
-     "auto_batch"]
+    ["data_path", "subset_file", "cache", "decode", "workers", "max_bad_fraction", "data_patience_minutes",
+     "batch_size", "auto_batch", "accumulate", "epochs", "base_lr", "final_lr", "wd", "warmup_epochs", "start_warmup",
+     "clip_grad", "init", "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse",
+     "tensorboard", "wandb", "report", "hang_minutes", "profile", "device", "dist_url", "timeout_minutes",
+     "join_timeout_seconds", "world_size", "rank", "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype",
+     "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -146,14 +147,16 @@ def assemble(
         UserError: bad images, flags, weights or run directory, in the words of the part that found it.
     """
     data, patience_s = config.data, 60 * config.data.data_patience_minutes
-    source = open_source(data.data_path, subset_file=data.subset_file, patience_s=patience_s, cache=data.cache)
+    cache = "none" if data.decode == "gpu" and data.cache == "auto" else data.cache  # which would keep decoded images
+    source = open_source(data.data_path, subset_file=data.subset_file, patience_s=patience_s, cache=cache)
     if config.optim.auto_batch:
         config = with_batch(config, len(source), world, make_model)
     torch.manual_seed(config.run.seed)
     resident = reside(source, world.device, _workers(config)) if data.cache == "device" else None
     loader = make_loader(
-        source, config, world, multicrop=multicrop, images_per_epoch=images_per_epoch, resident=resident
-    )
+        source, config, world, multicrop=multicrop, images_per_epoch=images_per_epoch, resident=resident,
+        decode=_decode(source, config, world),
+    )  # fmt: skip
     model = _placed(make_model(config), config, world)
     wrapped = distribute(model, world)
     run = Run(config.run.dump_path, world, config.run.mirrors)
@@ -186,8 +189,9 @@ def make_loader(
     multicrop: MultiCrop | None = None,
     images_per_epoch: Callable[[T, int], int] | None = None,
     resident: Resident | None = None,
+    decode: DeviceDecode | None = None,
 ) -> Loader:
-    """Batches of these images for one rank, maybe `resident`; other arguments and errors as of `assemble`."""
+    """Batches of these images for one rank, see `Loader`; arguments and errors as of `assemble`."""
     data = config.data
     crops = multicrop or MultiCrop(
         nmb_crops=data.nmb_crops, size_crops=data.size_crops, min_scale_crops=data.min_scale_crops,
@@ -197,9 +201,15 @@ def make_loader(
     return Loader(
         source, crops, batch_size=config.optim.batch_size, accumulate=config.optim.accumulate,
         rank=world.rank, world_size=world.size, seed=config.run.seed, workers=_workers(config),
-        pin_memory=world.device.type == "cuda", resident=resident,
+        pin_memory=world.device.type == "cuda", resident=resident, decode=decode,
         images_per_epoch=images_per_epoch(config, len(source)) if images_per_epoch else None,
     )  # fmt: skip
+
+
+def _decode(source: Source, config: PretrainConfig, world: World) -> DeviceDecode | None:
+    if config.data.decode == "cpu":
+        return None
+    return DeviceDecode(source, gpu_decoder(world.device), world.device)
 
 
 def _workers(config: PretrainConfig) -> int:

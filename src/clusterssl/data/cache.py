@@ -94,14 +94,18 @@ class CachedFiles(_Cache):
 
     def load(self, i: int) -> Tensor:
         """Decodes image i, uint8 [3, H, W]."""
+        return decode(self.read(i))
+
+    def read(self, i: int) -> NDArray[np.uint8]:
+        """Bytes of the file of image i, uint8 [n]; maybe a view of the cache, not to be written to."""
         kept = self._data[int(self._ends[i - 1]) if i else 0 : int(self._ends[i])]
         if self._filled[i]:
-            return decode(kept)
+            return kept
         data = self.inner.read(i)
         if len(data) == len(kept):
             kept[:] = data
             self._filled[i] = 1  # last, so that no other worker sees half a file
-        return decode(data)
+        return data
 
     def _allocate(self) -> None:
         n, size = len(self.inner), int(self._ends[-1])

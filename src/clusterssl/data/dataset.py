@@ -64,7 +64,7 @@ class Shipped(NamedTuple):
         return Batch(crops, torch.from_numpy(self.params), torch.from_numpy(self.positions), self.bad)
 
 
-def _buffer(count: int) -> Tensor:
+def shared_bytes(count: int) -> Tensor:
     """Uninitialised bytes; those of a worker are shared with the main process, so that they need not be copied."""
     if get_worker_info() is None:
         return torch.empty(count, dtype=torch.uint8)
@@ -107,7 +107,7 @@ class MultiCropDataset(Dataset[Batch]):
         """The batch of these images; every row depends on its own key only."""
         epoch, index = np.asarray(keys, dtype=np.int64).reshape(-1, 2).T
         u_BVS = self.multicrop.uniforms(self.seed, epoch, index)
-        crops = crops_in(_buffer(buffer_bytes(len(index), self.multicrop.sizes)), len(index), self.multicrop.sizes)
+        crops = crops_in(shared_bytes(buffer_bytes(len(index), self.multicrop.sizes)), len(index), self.multicrop.sizes)
         bad: list[tuple[int, str]] = []
         images: list[Tensor] = []
         waiting = 0

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clusterssl import dist
 from clusterssl.data.dataset import Batch, Key, MultiCropDataset, Shipped
+from clusterssl.data.devicedecode import DeviceDecode, RawDataset
 from clusterssl.data.multicrop import MultiCrop
 from clusterssl.data.sampler import PositionSampler
 from clusterssl.data.source import FileSource, Source
@@ -129,6 +130,7 @@ class Loader:
         images_per_epoch: int | None = None,
         persistent: bool = True,
         resident: Resident | None = None,
+        decode: DeviceDecode | None = None,
     ) -> None:
         """Prepares the workers.
 
@@ -144,6 +146,7 @@ class Loader:
             images_per_epoch: images that an epoch visits; those of the dataset when None.
             persistent: keep the workers from one epoch to the next.
             resident: the same images on the training device, to be cropped there without workers.
+            decode: decodes, crops and resizes on the training device what the workers only read.
 
         Raises:
             UserError: the global batch is larger than the dataset, or a number is out of range.
@@ -153,7 +156,7 @@ class Loader:
         self._again = partial(
             Loader, source, multicrop, batch_size=batch_size, accumulate=accumulate, rank=rank, world_size=world_size,
             seed=seed, workers=workers, pin_memory=pin_memory, persistent=False,
-            resident=resident,
+            resident=resident, decode=decode,
         )  # fmt: skip
         self.batch_size, self.accumulate, self.seed, self.workers = batch_size, accumulate, seed, workers
         self.sampler = PositionSampler(
@@ -166,9 +169,9 @@ class Loader:
                 f"{world_size} ranks) is larger than an epoch of the dataset ({self.sampler.images} images): lower "
                 "--batch_size or --accumulate"
             )
-        self.source, self.multicrop, self.resident = source, multicrop, resident
-        self._loader: DataLoader[Batch] = DataLoader(
-            Guarded(MultiCropDataset(source, multicrop, seed)),
+        self.source, self.multicrop, self.resident, self.decode = source, multicrop, resident, decode
+        self._loader: DataLoader[Any] = DataLoader(
+            Guarded(RawDataset(source) if decode else MultiCropDataset(source, multicrop, seed)),
             batch_sampler=self.sampler,
             collate_fn=ship,
             num_workers=workers,
@@ -223,6 +226,8 @@ class Loader:
                 step = []
 
     def _batches(self) -> Iterator[Batch]:
+        if self.decode is not None:
+            return (self.decode.batch(raw, self.multicrop, self.seed) for raw in checked(self._loader))
         if self.resident is None:
             return checked(self._loader)
         return (self.resident.batch(self.multicrop, self.seed, keys) for keys in self.sampler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -43,6 +43,13 @@ class ClassSubset:
     def load(self, i: int) -> Tensor:
         """Image i, as the source gives it."""
         return self.inner.load(int(self._positions[i]))
+
+    def __getattr__(self, name: str) -> Any:
+        """`read`, where the source has it: bytes of the file of image i."""
+        if name != "read":
+            raise AttributeError(name)
+        read = self.inner.read  # type: ignore[attr-defined]
+        return lambda i: read(int(self._positions[i]))
 
 
 def class_subset(source: Source, subset_file: str) -> ClassSubset:

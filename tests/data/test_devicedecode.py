@@ -1,0 +1,123 @@
+"""Files decoded by the main process: the batches of the workers' own decoding, with the CPU's decoder in every bit."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clusterssl.data import Batch, Loader, MultiCrop, open_source
+from clusterssl.data import devicedecode as module
+from clusterssl.data.decode import decode
+from clusterssl.data.devicedecode import DeviceDecode, RawDataset, gpu_decoder
+from clusterssl.data.pack import PackOptions, pack
+from clusterssl.errors import UserError
+from tests.data.test_resident import assert_same, batches
+
+CPU = torch.device("cpu")
+CROP = MultiCrop((2, 1), (24, (12, 30)), (0.3, 0.1), (1.0, 0.5))
+
+
+def by_cpu(files: list[Tensor]) -> list[Tensor]:
+    """A decoder of JPEGs only, which refuses the whole list for one that is damaged, as nvJPEG does."""
+    if any(bytes(file[-2:].numpy()) != b"\xff\xd9" for file in files):
+        raise RuntimeError("damaged")
+    return [decode(file.numpy()) for file in files]
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """JPEGs of many sizes, grey and CMYK ones, PNGs, a truncated JPEG, text, an empty file, a progressive one."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number in range(16):
+        image = Image.fromarray(rng.integers(0, 256, (130 + 9 * number, 190 - 4 * number, 3), dtype=np.uint8))
+        mode, kind = {3: ("L", "jpg"), 5: ("CMYK", "jpg"), 6: ("RGB", "png")}.get(number, ("RGB", "jpg"))
+        image.convert(mode).save(folder / f"{number:02}.{kind}", **({"progressive": True} if number == 8 else {}))
+    whole = (folder / "09.jpg").read_bytes()
+    (folder / "09.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "11.jpg").write_bytes(b"text")
+    (folder / "12.jpg").write_bytes(b"")
+    return folder
+
+
+def decoded(path: Path, workers: int = 0, **more: str) -> list[Batch]:
+    source = open_source(str(path), **more)  # type: ignore[arg-type]
+    maker = DeviceDecode(source, by_cpu, CPU)
+    found = batches(Loader(source, CROP, batch_size=8, workers=workers, seed=3, decode=maker), 2)
+    assert maker.fallbacks == 5  # CMYK, PNG, truncated, text, empty; not the whole lists that these were in
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_those_of_the_workers(workers: int, mixed: Path, tmp_path: Path) -> None:
+    expected = batches(Loader(open_source(str(mixed), cache="none"), CROP, batch_size=8, seed=3), 2)
+    assert sum(len(batch.bad) for batch in expected) >= 3
+    assert_same(decoded(mixed, workers, cache="none"), expected)
+    assert_same(decoded(mixed, workers, cache="ram"), expected)
+
+
+def test_portions_do_not_matter(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = decoded(mixed, cache="none")
+    monkeypatch.setattr(module, "_PIXELS_AT_ONCE", 70_000)
+    assert_same(decoded(mixed, cache="none"), whole)
+
+
+def test_packed_images_and_classes(tree: Path, tmp_path: Path) -> None:
+    pack(tree, tmp_path / "packed", PackOptions(workers=1))
+    names = tmp_path / "names.txt"
+    names.write_text("eel\ncat\n")
+    for path in (tree, tmp_path / "packed"):
+        source = open_source(str(path), cache="none", subset_file=str(names))
+        maker = DeviceDecode(source, by_cpu, CPU)
+        ours = batches(Loader(source, CROP, batch_size=8, decode=maker), 0)
+        assert_same(ours, batches(Loader(source, CROP, batch_size=8), 0))
+
+
+def test_an_epoch_begins_anywhere(mixed: Path) -> None:
+    source = open_source(str(mixed), cache="none")
+    loader = Loader(source, CROP, batch_size=4, seed=1, decode=DeviceDecode(source, by_cpu, CPU))
+    whole = batches(loader, 4)
+    assert_same(batches(loader.another(), 4, 2), whole[2:])
+
+
+@pytest.mark.parametrize(("data", "cache"), [("digits", "auto"), ("small", "auto")])
+def test_images_without_files_are_refused(data: str, cache: str, tmp_path: Path) -> None:
+    if data == "small":
+        Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+        data = str(tmp_path)
+    with pytest.raises(UserError, match="--decode gpu: these images are built in or kept decoded"):
+        RawDataset(open_source(data, cache=cache))  # type: ignore[arg-type]
+
+
+def test_no_gpu_is_said_in_one_line() -> None:
+    with pytest.raises(UserError, match="--decode gpu: needs a CUDA GPU, and this run is on cpu; leave --decode away"):
+        gpu_decoder(CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nvjpeg_sees_the_same_picture(tmp_path: Path) -> None:
+    y, x = np.mgrid[:200, :260]
+    smooth = np.stack([x, y, 255 - (x + y) / 2], axis=-1).clip(0, 255).astype(np.uint8)
+    for number in range(8):
+        Image.fromarray(np.roll(smooth, 20 * number, axis=1)).save(tmp_path / f"{number}.jpg", quality=95)
+    source, device = open_source(str(tmp_path), cache="none"), torch.device("cuda")
+    maker = DeviceDecode(source, gpu_decoder(device), device)
+    (ours,) = batches(Loader(source, CROP, batch_size=8, decode=maker), 0)
+    (expected,) = batches(Loader(source, CROP, batch_size=8), 0)
+    assert maker.fallbacks == 0 and torch.equal(ours.index, expected.index)
+    for a, b in zip(ours.crops, expected.crops, strict=True):
+        gap = (a.cpu().int() - b.int()).abs().float()
+        assert a.is_cuda and gap.mean() < 1.5 and gap.max() < 40  # chroma is interpolated differently
+    damaged = io.BytesIO()
+    Image.new("RGB", (50, 40)).save(damaged, "JPEG")
+    (tmp_path / "3.jpg").write_bytes(damaged.getvalue()[:200])
+    (again,) = batches(Loader(source, CROP, batch_size=8, decode=maker), 0)
+    assert again.crops[0].shape == (8, 3, 24, 24)

@@ -3,11 +3,12 @@
     python bench/recipes.py --preset digits --out bench/results/recipes_digits-mine.json
     python bench/recipes.py --preset images64_cpu --data_path tiny-imagenet-16 --out recipes.json
 
-A preset is the commands as the page quotes them; only places and seeds are others here. "Supervised" is the same
-network trained on the true labels by train_on_labels.py with random crops and flips, with the optimiser and the number
-of crops, so about the CPU time, of the recipe. All three are scored alike, by k-NN (k = 20) and by a linear probe on
-frozen features, on images that nothing was trained on; of the untrained network, as initialised or with BatchNorm
-statistics of the training images, the better score counts. Times are from start to end of the command.
+A preset is the commands as the page quotes them; only places and seeds are others here, and no report is written.
+"Supervised" is the same network trained on the true labels by train_on_labels.py with random crops and flips, with the
+optimiser and the number of crops, so about the CPU time, of the recipe. All three are scored alike, by k-NN (k = 20)
+and by a linear probe on frozen features, on images that nothing was trained on; of the untrained network, as
+initialised or with BatchNorm statistics of the training images, the better score counts. Times are from start to end
+of the command.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def words_of(name: str, seed: int, options: Options) -> tuple[dict[str, str], li
             for word in shlex.split(getattr(preset, name))]  # fmt: skip
     env = dict(word.split("=", 1) for word in line if word.split("=")[0].isupper() and "=" in word)
     words = [str(labels_file(options)) if word == "labels.csv" else word for word in line[len(env) :]]
-    return env, [*words, "--seed", str(seed), "--dump_path", str(folder)]
+    return env, [*words, "--report", "false", "--seed", str(seed), "--dump_path", str(folder)]
 
 
 def run_folder(name: str, seed: int, options: Options) -> Path:

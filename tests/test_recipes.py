@@ -111,12 +111,12 @@ def test_the_page_quotes_what_the_bench_runs(bench: dict[str, Any]) -> None:
         assert preset.ours in quoted and preset.supervised in quoted
 
 
-def test_the_bench_changes_only_places_and_the_seed(bench: dict[str, Any], tmp_path: Path) -> None:
+def test_the_bench_changes_only_places_seed_and_report(bench: dict[str, Any], tmp_path: Path) -> None:
     options = bench["Options"](preset="cifar10_cpu", data_path="/there", folder=str(tmp_path))
     env, words = bench["words_of"]("ours", 5, options)
     assert env == {"DATASET_PATH": "/there/train"}
     quoted = bench["PRESETS"]["cifar10_cpu"].ours.split()[1:]
-    assert words == [*quoted, "--seed", "5", "--dump_path", f"{tmp_path}/cifar10_cpu-ours-5"]
+    assert words == [*quoted, "--report", "false", "--seed", "5", "--dump_path", f"{tmp_path}/cifar10_cpu-ours-5"]
 
 
 def test_the_bench_trains_on_the_true_labels(bench: dict[str, Any], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from record import write_result
 from torch import nn
-from trained import ROOT, K, better, untrained
+from trained import ROOT, K, better, top1, unpacked, untrained
 
 from clusterssl import config as cfg
 from clusterssl.data import eval_batches, open_source
@@ -48,7 +48,7 @@ class Options:
     """Comparison."""
 
     data_path: str = "cifar10"
-    """folder with train/ and val/ of CIFAR-10 images"""
+    """folder with train/ and val/ of CIFAR-10 images, or an archive of it"""
     seeds: tuple[int, ...] = (2001, 2002, 2003)
     """never used for tuning"""
     folder: str = "runs/bench_cifar10_cpu"
@@ -154,19 +154,10 @@ def lightly_batches(flags: dict, options: Options) -> Iterator[list[torch.Tensor
 
 def scores(path: Path, options: Options, epochs: int = 10) -> dict[str, float]:
     """k-NN and linear accuracy by our evaluation scripts."""
-    found = {}
-    for script, more in (("eval_knn", ["--nb_knn", str(K)]), ("eval_linear", ["--epochs", str(epochs)])):
-        folder = path.parent / script
-        command = [sys.executable, str(ROOT / f"{script}.py"), "--data_path", options.data_path, "--device", "cpu"]
-        command += ["--workers", "0"]
-        subprocess.run(
-            [*command, "--pretrained", str(path), "--dump_path", str(folder), *more],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        record = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
-        found[script] = float(record["top1"])
-    return found
+    common = ("--device", "cpu", "--workers", "0")
+    knn = top1("eval_knn", path, options.data_path, *common, "--nb_knn", str(K))
+    linear = top1("eval_linear", path, options.data_path, *common, "--epochs", str(epochs))
+    return {"eval_knn": knn, "eval_linear": linear}
 
 
 def pixels(options: Options) -> float:
@@ -177,6 +168,7 @@ def pixels(options: Options) -> float:
 
 def main() -> None:
     options = cfg.parse(Options, description=__doc__)
+    options = replace(options, data_path=unpacked(options.data_path, Path(options.folder) / "images"))
     rows: dict[str, list[dict]] = {"untrained": [], "lightly": [], "ours": []}
     for seed in options.seeds:
         folder, seconds = run_recipe(options, seed)

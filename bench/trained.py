@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -90,12 +91,29 @@ def accuracies(path: Path, data_path: str, split: str, linear: Sequence[str] = (
     found = {}
     for name, script, more in (("knn", "eval_knn", ["--nb_knn", str(K)]), ("linear", "eval_linear", [*linear])):
         written = path.parent / script / "evaluations.jsonl"
-        command = [sys.executable, str(ROOT / f"{script}.py"), "--data_path", data_path, "--val_split", split]
-        command += ["--pretrained", str(path), "--dump_path", str(path.parent / script), *more]
         if not written.exists():
-            alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(
-                [*command, "--device", "cpu", "--workers", "0"], check=True, stdout=subprocess.DEVNULL, env=alone
-            )
+            words = ["--val_split", split, *more, "--device", "cpu", "--workers", "0"]
+            top1(script, path, data_path, *words, env={"OMP_NUM_THREADS": "1"})
         found[name] = float(json.loads(written.read_text().splitlines()[-1])["top1"])
     return found
+
+
+def top1(script: str, path: Path, data_path: str, *flags: str, env: Mapping[str, str] | None = None) -> float:
+    """Accuracy in percent that one of our evaluation scripts finds; its records go beside the weights."""
+    folder = path.parent / script
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--data_path", data_path, "--pretrained", str(path)]
+    command += ["--dump_path", str(folder), *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(env or {})})
+    return float(json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])["top1"])
+
+
+def unpacked(data_path: str, folder: Path) -> str:
+    """A folder of images: `data_path`, or where it is an archive, what it holds, unpacked once into `folder`."""
+    if not Path(data_path).is_file():
+        return data_path
+    done = folder / ".unpacked"
+    if not done.exists():
+        with tarfile.open(data_path) as tar:
+            tar.extractall(folder, filter="data")
+        done.touch()
+    return str(folder)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
@@ -84,3 +88,39 @@ def test_all_results_of_the_repository_are_readable(names: dict[str, Any]) -> No
     assert paths
     for path in paths:
         assert names["section"](path.name, names["read"](path))
+
+
+def tiny_images(folder: Path) -> Path:
+    """Two classes that differ in colour, 32 pixels a side."""
+    chance = np.random.default_rng(0)
+    for split, number in (("train", 300), ("val", 20)):
+        for label, low in (("dark", 0), ("light", 128)):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(number):
+                pixels = chance.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_time_to_accuracy_goes_on_piece_by_piece(tmp_path: Path) -> None:
+    archive, out = tmp_path / "images.tar.gz", tmp_path / "found.json"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tiny_images(tmp_path / "images"), ".")
+    words = [sys.executable, str(BENCH / "time_to_accuracy.py"), "--data_path", str(archive), "--small"]
+    words += ["--folder", str(tmp_path / "run"), "--out", str(out), "--linear_epochs", "5", "--device", "cpu"]
+    words += ["--epochs", "150", "--every", "60"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.run([*words, "--piece_minutes", "0.12"], capture_output=True, text=True, env=environment)
+    assert first.returncode == 0 and "the same command goes on" in first.stdout, first.stdout + first.stderr
+    assert not out.exists()
+    last = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert last.returncode == 0 and "the schedule ended" in last.stdout, last.stdout + last.stderr
+    pieces = [json.loads(line) for line in (tmp_path / "run" / "pieces.jsonl").read_text().splitlines()]
+    found = json.loads(out.read_text())["result"]
+    assert len(pieces) == 2 and pieces[-1]["code"] == 0
+    assert [point["epoch"] for point in found["curve"]] == [1, 61, 121, 150]
+    times = [point["minutes"] for point in found["curve"]]
+    whole = sum(one["ended"] - one["began"] for one in pieces) / 60
+    assert times == sorted(times) and times[0] > 0 and times[-1] <= whole == pytest.approx(found["minutes"])
+    assert found["curve"][-1]["knn"] == 100 and found["linear"] > 90

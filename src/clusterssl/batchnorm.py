@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,19 @@ def synchronise(model: nn.Module, mode: str, group_size: int, device: torch.devi
     return _convert(model, group)
 
 
+def shared_by_all(module: nn.Module) -> bool:
+    """Whether a layer's statistics are those of all ranks' images."""
+    if isinstance(module, CPUSyncBatchNorm):
+        return module.group is None
+    return isinstance(module, nn.SyncBatchNorm) and module.process_group is None
+
+
+def same_on_all_ranks(model: nn.Module, shared: Callable[[nn.Module], bool] = shared_by_all) -> bool:
+    """Whether ranks that began with the same buffers keep them so by themselves: all belong to layers that share."""
+    found = {id(buffer) for module in model.modules() if shared(module) for buffer in module.buffers(recurse=False)}
+    return all(id(buffer) in found for buffer in model.buffers())
+
+
 def _convert(module: nn.Module, group: Any) -> nn.Module:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return CPUSyncBatchNorm(module, group)
@@ -61,7 +74,7 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.weight, self.bias = layer.weight, layer.bias
         self.running_mean, self.running_var = layer.running_mean, layer.running_var
         self.num_batches_tracked = layer.num_batches_tracked
-        self._group = group
+        self.group = group
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
@@ -74,11 +87,11 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         over = [axis for axis in range(x.dim()) if axis != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.new_tensor([x.numel() / x.shape[1]])
-        packed = dist.all_reduce_sum(torch.cat([x.sum(over), count]), self._group)
+        packed = dist.all_reduce_sum(torch.cat([x.sum(over), count]), self.group)
         total = packed[-1]
         mean_C = packed[:-1] / total
         centred = x - mean_C.view(shape)
-        var_C = dist.all_reduce_sum(centred.square().sum(over), self._group) / total
+        var_C = dist.all_reduce_sum(centred.square().sum(over), self.group) / total
         self._track(mean_C.detach(), var_C.detach() * total.detach() / (total.detach() - 1).clamp_(min=1))
         scaled = centred * torch.rsqrt(var_C + self.eps).view(shape)
         return scaled * self.weight.view(shape) + self.bias.view(shape) if self.affine else scaled

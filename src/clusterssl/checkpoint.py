@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clusterssl import dist
+from clusterssl.batchnorm import same_on_all_ranks
 from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.models.build import MultiCropNet
@@ -22,12 +24,20 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def distribute(model: nn.Module, world: World) -> nn.Module:
-    """Wrap a model so that gradients are averaged over ranks; alone it stays as it is."""
+def distribute(model: nn.Module, world: World, compression: str = "none") -> nn.Module:
+    """Wrap a model so that gradients are averaged over ranks, sent as `compression` says; alone it stays as it is.
+
+    Buffers, which the wrapper would send from rank 0 before every forward pass, are sent at the start only where ranks
+    keep them the same by themselves.
+    """
     if world.size == 1:
         return model
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = not same_on_all_ranks(model)  # the argument has another name in each version
+    if compression == "bf16":
+        wrapped.register_comm_hook(None, dist.bf16_compress_hook)
+    return wrapped
 
 
 def bare(model: nn.Module) -> MultiCropNet:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook  # noqa: F401
 
 from clusterssl import interfaces
 from clusterssl.errors import DataGone, UserError
@@ -294,7 +295,6 @@ def subgroup(group_size: int) -> Any:
     if group_size <= 0 or group_size >= size():
         return None
     if size() % group_size:
-        raise UserError(
-            f"--syncbn_process_group_size {group_size} does not divide the {size()} processes; choose a divisor"
-        )
+        text = f"--syncbn_process_group_size {group_size} does not divide the {size()} processes; choose a divisor"
+        raise UserError(text)
     return torch_dist.new_subgroups(group_size=group_size)[0]

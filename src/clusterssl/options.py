@@ -179,6 +179,8 @@ class RunOptions:
     """of weights, order, crops and augmentation"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one"""
+    grad_compression: Literal["none", "bf16"] = "none"
+    """format in which ranks exchange gradients: their own (none), or bf16, half the bytes and 8 bits of precision"""
     dist_url: str = "env://"
     """where ranks meet; env:// reads torchrun's or Slurm's variables"""
     timeout_minutes: float = 30.0

@@ -59,7 +59,7 @@ FREE = frozenset(
      "clip_grad", "init", "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse",
      "tensorboard", "wandb", "report", "hang_minutes", "profile", "device", "dist_url", "timeout_minutes",
      "join_timeout_seconds", "world_size", "rank", "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype",
-     "syncbn_process_group_size"]
+     "grad_compression", "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -158,7 +158,7 @@ def assemble(
         decode=_decode(source, config, world),
     )  # fmt: skip
     model = _placed(make_model(config), config, world)
-    wrapped = distribute(model, world)
+    wrapped = distribute(model, world, config.run.grad_compression)
     run = Run(config.run.dump_path, world, config.run.mirrors)
     ledger = BadImages(loader.source, run.folder / "bad_images.txt", max_bad_fraction=config.data.max_bad_fraction)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format

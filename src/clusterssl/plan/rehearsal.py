@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from clusterssl import dist
-from clusterssl.batchnorm import synchronise
+from clusterssl.batchnorm import same_on_all_ranks, shared_by_all, synchronise
 from clusterssl.checkpoint import bare
 from clusterssl.data import Augment, BadImages
 from clusterssl.dist import World
@@ -199,20 +199,30 @@ class _Rehearsal:
         for handle in handles:
             handle.remove()
 
+    def _shares(self, module: nn.Module) -> bool:
+        """Whether the layer's statistics are those of all ranks; on GPUs it would be another layer by then."""
+        o = self.config.model
+        groups = o.sync_bn == "apex" and 0 < o.syncbn_process_group_size < self.ranks
+        if not self.gpu:
+            return shared_by_all(module)
+        return isinstance(module, _BatchNorm) and o.sync_bn in ("pytorch", "apex") and not groups
+
     def _wrapper_messages(self, net: nn.Module, exchanged: list[nn.Parameter]) -> Iterator[Message]:
         """What DistributedDataParallel and the training loop send in each step."""
         if self.ranks == 1:
             return
         held, most = 0, FIRST_BUCKET
+        shrunk = 2 if self.config.run.grad_compression == "bf16" else 1
         for p in reversed(exchanged):
             held += p.nbytes
             if held >= most:
-                yield Message("gradients", "all-reduce", held)
+                yield Message("gradients", "all-reduce", held // shrunk)
                 held, most = 0, BUCKET
         if held:
-            yield Message("gradients", "all-reduce", held)
-        for dtype in sorted({buffer.dtype for buffer in net.buffers()}, key=str):
-            nbytes = sum(buffer.nbytes for buffer in net.buffers() if buffer.dtype == dtype)
+            yield Message("gradients", "all-reduce", held // shrunk)
+        buffers = [] if same_on_all_ranks(net, self._shares) else list(net.buffers())
+        for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+            nbytes = sum(buffer.nbytes for buffer in buffers if buffer.dtype == dtype)
             yield Message("buffers of the network", "broadcast", nbytes)
         yield Message("agreement to go on", "all-reduce", 8 * AGREED)
 

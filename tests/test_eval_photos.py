@@ -97,7 +97,7 @@ def test_a_network_of_our_own_training(tmp_path: Path, name: str, each: tuple[in
     data = photos(name, tmp_path / "data", *each)
     words = "--nmb_crops 2 4 --size_crops 32 16 --min_scale_crops 0.3 0.1 --max_scale_crops 1 0.3 --arch conv4 "
     words += "--hidden_mlp 128 --feat_dim 32 --nmb_prototypes 60 --optimizer adamw --base_lr 0.003 --batch_size 200 "
-    words += "--epsilon 0.03 --color_jitter 0.5 --epochs 12 --workers 0 --device cpu"
+    words += "--epsilon 0.03 --color_jitter 0.5 --epochs 12 --workers 0 --device cpu --report false"
     script = [sys.executable, ROOT / "main_swav.py", "--data_path", data / "train", "--dump_path", tmp_path / "run"]
     subprocess.run([*script, *words.split()], check=True, stdout=subprocess.DEVNULL)
     checkpoint = str(tmp_path / "run" / "checkpoint.pth.tar")

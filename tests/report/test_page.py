@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from clusterssl.errors import UserError
+from clusterssl.labelling.sample import BYTES_OF_A_RUN
 from clusterssl.report import Gallery, Table, strip, write_report
 from clusterssl.report.page import write_page
 from clusterssl.report.pictures import grid
@@ -146,6 +147,12 @@ def test_thousands_of_prototypes_and_steps_stay_small(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", curve=losses(20_000, 3000), prototypes=3000)
     write_report([folder], tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
+
+
+def test_many_runs_leave_room_for_pictures(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run{i}", curve=losses(2000, 3000), prototypes=3000) for i in range(12)]
+    write_report(runs, tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < len(runs) * BYTES_OF_A_RUN
 
 
 def test_strip_is_a_png_of_the_images() -> None:

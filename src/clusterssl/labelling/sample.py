@@ -29,8 +29,8 @@ from clusterssl.report.records import read_json
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 3_500_000
-"""of all pictures of a page, which stays below 5 MB with curves and tables"""
+MOST_BYTES, BYTES_OF_A_RUN = 4_700_000, 130_000
+"""of a page, which stays below 5 MB, and of the curves and tables of a run in it; pictures get what is left"""
 _MOST = 1000
 _MAPPED = 400
 _SHOWN, _CLUSTERS = 8, 6
@@ -68,16 +68,17 @@ def run_galleries(folder: Path, device: torch.device | str = "cpu", seconds: flo
     return [replace(gallery, run=folder) for gallery in found]
 
 
-def galleries_of(folders: Sequence[Path], most_bytes: int = MOST_BYTES) -> list[Gallery]:
+def galleries_of(folders: Sequence[Path], most_bytes: int | None = None) -> list[Gallery]:
     """As `run_galleries` of several runs; what would make their page too large is left out, maps first."""
     kept: list[Gallery] = []
+    most_bytes = MOST_BYTES - BYTES_OF_A_RUN * len(folders) if most_bytes is None else most_bytes
     for folder in folders:
         found, left = run_galleries(folder), most_bytes - weight(kept)
         clusters = [gallery for gallery in found if gallery.choice]
         chosen = next((part for part in (found, clusters) if weight(part) <= left), [])
         if len(chosen) < len(found):
             what = "maps" if chosen else "clusters and maps"
-            logger.info("%s: no %s, the page would be larger than %.0f MB", folder, what, most_bytes / 1e6)
+            logger.info("%s: no %s, the page would become too large", folder, what)
         kept += chosen
     return kept
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 MAX_POINTS = 600
+MAX_POINTS_OF_A_CHART = 4800
 SERIES = 8
 # matplotlib wants real colours: these stand for the page's colours and are replaced in the SVG.
 _INK, _FAINT = "#b00001", "#b00002"
@@ -82,9 +83,10 @@ def line_chart(
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes("step", large)
+        most = min(MAX_POINTS, MAX_POINTS_OF_A_CHART // max(len(series), 1))
         for at, line in enumerate(series):
             if line.x:
-                x, y = thinned(line.x, line.y)
+                x, y = thinned(line.x, line.y, most)
                 axes.plot(
                     x, y, color=_LINES[at % SERIES], linestyle=_DASHES[at % len(_DASHES)], gid=f"series{at}",
                     marker="o" if len(x) == 1 else None,
@@ -107,8 +109,9 @@ def use_chart(key: str, title: str, counts: Sequence[tuple[str, Sequence[int]]])
         for at, (name, count) in enumerate(counts):
             total = max(sum(count), 1)
             shares = sorted((number / total for number in count), reverse=True)
+            heights, edges = _steps(shares, min(MAX_POINTS, MAX_POINTS_OF_A_CHART // len(counts)))
             axes.stairs(
-                shares, color=_LINES[at % SERIES], fill=len(counts) == 1, linestyle=_DASHES[at % len(_DASHES)],
+                heights, edges, color=_LINES[at % SERIES], fill=len(counts) == 1, linestyle=_DASHES[at % len(_DASHES)],
                 linewidth=1.4, baseline=0 if len(counts) == 1 else None, gid=f"use{at}",
             )  # fmt: skip
             ends = f"the most used holds {shares[0]:.1%}, the least used {shares[-1]:.1%}"
@@ -118,6 +121,13 @@ def use_chart(key: str, title: str, counts: Sequence[tuple[str, Sequence[int]]])
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
         return _svg(figure, key, title, "; ".join(words))
+
+
+def _steps(heights: Sequence[float], most: int) -> tuple[list[float], list[float]]:
+    """At most `most` steps, each the mean of its share of the heights, and the edges between them."""
+    number = min(len(heights), most)
+    edges = [at * len(heights) // number for at in range(number + 1)]
+    return [sum(heights[a:b]) / (b - a) for a, b in itertools.pairwise(edges)], [float(edge) for edge in edges]
 
 
 def _axes(label: str, large: bool) -> tuple[Figure, Axes]:

@@ -21,12 +21,12 @@ from tests.report.test_page import page_of
 FLAGS = [*TINY, "--epochs", "2", "--report", "true"]
 
 
-def test_a_run_on_two_ranks_ends_with_its_page(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_ends_with_its_page(ranks: int, tmp_path: Path) -> None:
     def run() -> str:
-        codes, printed = Launched(
-            "main_swav.py", *FLAGS, "--batch_size", "8", "--dump_path", str(tmp_path), ranks=2
-        ).wait()
-        assert codes == [0, 0], printed
+        words = [*FLAGS, "--batch_size", str(16 // ranks), "--dump_path", str(tmp_path)]
+        codes, printed = Launched("main_swav.py", *words, ranks=ranks).wait()
+        assert codes == [0] * ranks, printed
         return printed
 
     assert run().count("report: ") == 1

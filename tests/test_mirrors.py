@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -18,11 +19,12 @@ from typing import Any
 
 import pytest
 
-from clusterssl.mirrors import Mirrors, entry_of
+from clusterssl.errors import UserError
+from clusterssl.mirrors import Mirrors, entry_of, require_packages
 from tests.launch import ROOT, TINY, Launched, metrics, wait_for_step
 
 FLAGS = [*TINY, "--batch_size", "16"]
-STEPS_PER_EPOCH, EPOCHS = 40, 3
+STEPS_PER_EPOCH, EPOCHS = 16, 3
 STEPS = EPOCHS * STEPS_PER_EPOCH
 
 
@@ -45,10 +47,10 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 def killed_and_resumed(folder: Path, *flags: str, ranks: int = 1) -> list[int]:
     """A run that was killed in its second epoch and ended after its third; the steps that were logged, in order."""
-    words = [*TINY, "--data_path", "synthetic:640:24x24", "--batch_size", str(16 // ranks), *flags]
+    words = [*TINY, "--data_path", "synthetic:256:24x24", "--batch_size", str(16 // ranks), *flags]
     words += ["--dump_path", str(folder), "--epochs"]
     launched = Launched("main_swav.py", *words, "400", ranks=ranks)
-    wait_for_step(folder, STEPS_PER_EPOCH + 8, launched)
+    wait_for_step(folder, STEPS_PER_EPOCH + 4, launched)
     launched.send(signal.SIGKILL)
     launched.wait()
     before = [record["step"] for record in metrics(folder) if "step" in record]
@@ -95,6 +97,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_wandb_continues_one_run_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="no wandb (pip install wandb)")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -125,6 +128,16 @@ def test_an_absent_package_is_one_line_before_anything_begins(
     assert printed.err.splitlines() == [
         f"main_swav.py: error: --{name}: {name} is not installed; run pip install {name}, or leave the flag out"
     ]
+
+
+def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_mirror").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="some_mirror is not installed; run pip install some_mirror"):
+        require_packages(["some_mirror"])
+    (tmp_path / "some_mirror" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    require_packages(["some_mirror"])
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -64,7 +64,8 @@ def require_packages(names: Sequence[str]) -> None:
         UserError: with the command that installs it.
     """
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name, such as a run's, is no package
             raise UserError(f"--{name}: {name} is not installed; run pip install {name}, or leave the flag out")
 
 

@@ -32,6 +32,7 @@ SBATCH = [r for r in RECIPES if (ROOT / "scripts" / f"{r['name']}.sh").exists()]
 SMALL = [
     *("--data_path", "synthetic:8:40x40", "--arch", "conv4w4", "--hidden_mlp", "16", "--batch_size", "4"),
     *("--epochs", "1", "--warmup_epochs", "0", "--workers", "0", "--device", "cpu", "--dist_url", "env://"),
+    *("--report", "false"),
 ]
 SMALLER = {
     "main_swav.py": ["--queue_length", "4", "--epoch_queue_starts", "0"],

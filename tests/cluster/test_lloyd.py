@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clusterssl.cluster import lloyd, nearest
-from clusterssl.cluster.lloyd import Lloyd, Step
+from clusterssl.cluster.lloyd import Found, Lloyd
 from clusterssl.cluster.nearest import Target
 from tests.cluster.blobs import blobs
 
@@ -36,7 +36,7 @@ def expected(x_ND: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     return scores_NK, scores_NK.max(1).values
 
 
-def check(found: Step, x_ND: Tensor, target: Target, tolerance: float) -> None:
+def check(found: Found, x_ND: Tensor, target: Target, tolerance: float) -> None:
     scores_NK, best_N = expected(x_ND, target)
     mine_N = scores_NK.gather(1, found.labels_N[:, None])[:, 0]
     torch.testing.assert_close(mine_N, best_N, rtol=tolerance, atol=tolerance)
@@ -93,3 +93,19 @@ def test_equal_rows_and_equal_centroids_go_to_the_first() -> None:
         if moved is not None:  # back and forth, so that it moved and is again as good as the first
             steps.step(centroids_KD * torch.where(torch.arange(12) == moved, 0.5, 1.0)[:, None], learn=True)
         assert torch.equal(steps.step(centroids_KD, learn=True).labels_N, torch.arange(4).repeat(50))
+
+
+@pytest.mark.parametrize("clusters", [64, 512])
+def test_equal_centroids_that_both_move_go_to_the_first(clusters: int) -> None:
+    """Whatever products are taken by one sum and what by another."""
+    x_ND = blobs(3000, 24, 60)
+    start_KD, generator = x_ND[:clusters].clone(), torch.Generator().manual_seed(1)
+    for _ in range(5):
+        steps, pair = Lloyd(x_ND, Target, "torch"), torch.randperm(clusters, generator=generator)[:2].sort().values
+        before_KD = start_KD.clone()
+        before_KD[pair[0]] = -x_ND[0]
+        steps.step(before_KD, learn=True)
+        after_KD = before_KD.clone()
+        after_KD[pair] = 1.1 * start_KD[pair[1]]
+        found = steps.step(after_KD, learn=True)
+        assert found.counts_K[pair[1]] == 0 and found.counts_K[pair[0]] > 0

@@ -27,7 +27,7 @@ from clusterssl import dist, pulse
 from clusterssl.cluster.coarse import ELEMENTS, FEWEST
 from clusterssl.cluster.cores import MOST
 from clusterssl.cluster.empty import fill_empty, split_largest
-from clusterssl.cluster.lloyd import BLOCK, Lloyd, Step
+from clusterssl.cluster.lloyd import BLOCK, Found, Lloyd
 from clusterssl.cluster.nearest import Target, block_rows, import_faiss
 from clusterssl.cluster.rows import GlobalRows
 from clusterssl.cluster.seeding import SAMPLE, plus_plus, random_rows
@@ -197,7 +197,7 @@ def _kmeans(problem: _Problem, clusters: int | Tensor, options: KMeansOptions, s
     return Clusters(found.labels_N, centroids_KD, counts_K, inertia)
 
 
-def _updated(problem: _Problem, found: Step, centroids_KD: Tensor, options: KMeansOptions) -> Tensor:
+def _updated(problem: _Problem, found: Found, centroids_KD: Tensor, options: KMeansOptions) -> Tensor:
     """Means of the clusters, as new centroids."""
     means_KD = found.sums_KD / found.counts_K.clamp(min=1)[:, None]
     new_KD = torch.where(found.counts_K[:, None] > 0, means_KD.to(centroids_KD), centroids_KD)

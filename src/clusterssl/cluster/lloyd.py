@@ -10,7 +10,7 @@ Shape suffixes: N rows of this rank, n rows of a block, K clusters, M of them mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from clusterssl import dist
 from clusterssl.cluster.cores import on_cores
-from clusterssl.cluster.nearest import SEARCHES, Target
+from clusterssl.cluster.nearest import SEARCHES, Target, block_rows
 
 BLOCK = 2**13
-"""rows that are selected from at once"""
+"""rows that are selected from at once on a CPU"""
 _SMALL = 2**20
 _MOST_MOVED = 0.75
+_NEAR = 1e-5
 
 
-class Step(NamedTuple):
+class Found(NamedTuple):
     """What a step found; all but labels and scores over all ranks."""
 
     labels_N: Tensor
@@ -57,7 +58,7 @@ class Lloyd:
         self.centroids_KD: Tensor | None = None
         self.sums_KD = x_ND.new_empty(0, dtype=torch.float64)
 
-    def step(self, centroids_KD: Tensor, *, learn: bool) -> Step:
+    def step(self, centroids_KD: Tensor, *, learn: bool) -> Found:
         """The nearest centroid of every row, of equal ones the first; a collective call.
 
         Args:
@@ -73,7 +74,7 @@ class Lloyd:
         facts = torch.cat([counts_K.double(), counts_K.new_full((1,), 0).double() + score_sum])
         packed = dist.all_reduce_(torch.cat([facts, self.sums_KD.flatten()]) if learn else facts)
         sums_KD = packed[clusters + 1 :].view_as(self.sums_KD) if learn else self.sums_KD
-        return Step(self.labels_N, self.scores_N, sums_KD, packed[:clusters].long(), float(packed[clusters]))
+        return Found(self.labels_N, self.scores_N, sums_KD, packed[:clusters].long(), float(packed[clusters]))
 
     def _assign(self, centroids_KD: Tensor) -> Tensor:
         """Search for all rows; which clusters won or lost one of this rank's, bool [K]."""
@@ -85,20 +86,25 @@ class Lloyd:
         anew = before is None or float(moved_K.float().mean()) > _MOST_MOVED
 
         def of_share(start: int, stop: int) -> Tensor:
-            changed_K = torch.zeros_like(moved_K)
+            changes_K = torch.zeros_like(moved_K, dtype=torch.int32)
             with torch.no_grad(), torch.autocast(self.x_ND.device.type, enabled=False):
-                for first in range(start, stop, BLOCK):
-                    rows = slice(first, min(first + BLOCK, stop))
+                for rows in self._blocks(start, stop):
                     labels_n, scores_n = self._full(rows, change) if anew else self._partial(rows, change)
                     if before is not None:
-                        other_n = labels_n != self.labels_N[rows]
-                        changed_K[labels_n[other_n]] = True
-                        changed_K[self.labels_N[rows][other_n]] = True
+                        other_n = (labels_n != self.labels_N[rows]).int()
+                        changes_K.index_add_(0, labels_n, other_n).index_add_(0, self.labels_N[rows], other_n)
                     self.labels_N[rows], self.scores_N[rows] = labels_n, scores_n
-            return changed_K
+            return changes_K
 
-        changed_K = torch.stack(self._on_cores(of_share)).any(0)
-        return changed_K if before is not None else torch.ones_like(changed_K)
+        changes_K = torch.stack(self._on_cores(of_share)).sum(0)
+        return changes_K > 0 if before is not None else torch.ones_like(moved_K)
+
+    def _blocks(self, start: int, stop: int) -> Iterator[slice]:
+        """Rows of a share in parts; large ones on a GPU, which waits for the host at each."""
+        on_cpu = self.x_ND.device.type == "cpu"
+        assert self.centroids_KD is not None
+        size = BLOCK if on_cpu else block_rows(len(self.centroids_KD), self.x_ND.device)
+        return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
 
     def _on_cores(self, of_share: Callable[[int, int], Tensor]) -> list[Tensor]:
         assert self.centroids_KD is not None
@@ -120,8 +126,9 @@ class Lloyd:
         if len(change.index_M) and len(kept):
             found, best = _nearest(self.search, x_nD[kept], change.some)
             found = change.index_M[found]
-            wins = (best > scores_n[kept]) | ((best == scores_n[kept]) & (found < labels_n[kept]))
-            labels_n[kept[wins]], scores_n[kept[wins]] = found[wins], best[wins]
+            near = (found != labels_n[kept]) & (best >= scores_n[kept] - _NEAR * (1 + best.abs()))
+            rows_P, found_P = kept[near], found[near]
+            labels_n[rows_P], scores_n[rows_P] = change.better(x_nD[rows_P], labels_n[rows_P], found_P)
         lost = lost_n.nonzero()[:, 0]
         if len(lost):
             labels_n[lost], scores_n[lost] = _nearest(self.search, x_nD[lost], change.all)
@@ -133,8 +140,7 @@ class Lloyd:
 
         def of_share(start: int, stop: int) -> Tensor:
             sums_KD = torch.zeros(clusters, dim, dtype=torch.float64, device=self.x_ND.device)
-            for first in range(start, stop, BLOCK):
-                rows = slice(first, min(first + BLOCK, stop))
+            for rows in self._blocks(start, stop):
                 some = changed_K[self.labels_N[rows]].nonzero()[:, 0]
                 sums_KD.index_add_(0, self.labels_N[rows][some], self.x_ND[rows][some].double())
             return sums_KD
@@ -151,6 +157,13 @@ class _Change:
     def __init__(self, target: Callable[[Tensor], Target], centroids_KD: Tensor, moved_K: Tensor) -> None:
         self.moved_K, self.index_M = moved_K, moved_K.nonzero()[:, 0]
         self.all, self.some = target(centroids_KD), target(centroids_KD[self.index_M])
+
+    def better(self, x_PD: Tensor, own_P: Tensor, rival_P: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearer of two centroids of each row, of equal ones the first, and its score; both by the same sums."""
+        near_PD = self.all.near(x_PD)
+        own, rival = self.all.scores(near_PD, own_P), self.all.scores(near_PD, rival_P)
+        wins = (rival > own) | ((rival == own) & (rival_P < own_P))
+        return torch.where(wins, rival_P, own_P), torch.where(wins, rival, own)
 
 
 def _nearest(search: Callable, x_nD: Tensor, target: Target) -> tuple[Tensor, Tensor]:

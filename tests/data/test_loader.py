@@ -15,6 +15,7 @@ from PIL import Image
 
 from clusterssl.data import Batch, Loader, MultiCrop, eval_batches, open_source
 from clusterssl.data.loader import signals_held
+from clusterssl.data.slots import Ticket
 from clusterssl.errors import UserError
 
 CROP = MultiCrop((2, 1), (32, 16), (0.3, 0.2), (1.0, 0.5))
@@ -151,7 +152,9 @@ def test_a_batch_leaves_a_worker_in_one_piece_of_shared_memory(workers: int) -> 
     crops = MultiCrop((2, 1, 1), (80, 24, 70), (0.3, 0.2, 0.1), (1.0, 0.5, 0.2))
     alone, helped = (Loader(open_source("synthetic:13:90x90"), crops, batch_size=5, workers=w) for w in (0, workers))
     for (a,), (b,) in zip(alone.epoch(1), helped.epoch(1), strict=True):
-        assert len({view.untyped_storage().data_ptr() for view in b.crops}) == 1 and b.crops[0].is_shared()
+        assert len({view.untyped_storage().data_ptr() for view in b.crops}) == 1
+        whole = torch.empty(0, dtype=torch.uint8).set_(b.crops[0].untyped_storage())
+        assert isinstance(helped._slots.ticket(whole), Ticket)
         assert torch.equal(a.params, b.params) and torch.equal(a.index, b.index)
         for mine, theirs in zip(a.crops, b.crops, strict=True):
             assert torch.equal(mine, theirs) and mine.stride() == theirs.stride()

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 from clusterssl.data.boxes import buffer_bytes, crops_in, resized_crop
 from clusterssl.data.decode import BadImageError
 from clusterssl.data.multicrop import MultiCrop
+from clusterssl.data.slots import Slots, Ticket
 from clusterssl.data.smallcrops import is_small, small_crops
 from clusterssl.data.source import Source
 from clusterssl.errors import UserError
@@ -42,9 +43,10 @@ class Batch(NamedTuple):
 
 
 class Shipped(NamedTuple):
-    """A batch on its way out of a worker: all crops in one piece of shared memory, as each piece costs a handshake."""
+    """A batch on its way out of a worker: all crops in one piece of shared memory."""
 
-    buffer: Tensor
+    buffer: Tensor | Ticket
+    """arrives as a tensor"""
     rows: int
     sizes: list[tuple[int, int]]
     params: NDArray[np.float32]
@@ -52,14 +54,15 @@ class Shipped(NamedTuple):
     bad: list[tuple[int, str]]
 
     @classmethod
-    def of(cls, batch: Batch) -> Shipped:
-        """A batch of `MultiCropDataset`, whose crops lie behind one another."""
+    def of(cls, batch: Batch, slots: Slots) -> Shipped:
+        """A batch of `MultiCropDataset`, whose crops lie behind one another, maybe in a slot."""
         buffer = torch.empty(0, dtype=torch.uint8).set_(batch.crops[0].untyped_storage())
         sizes = [(view.shape[2], view.shape[3]) for view in batch.crops]
-        return cls(buffer, len(batch.index), sizes, batch.params.numpy(), batch.index.numpy(), batch.bad)
+        return cls(slots.ticket(buffer), len(batch.index), sizes, batch.params.numpy(), batch.index.numpy(), batch.bad)
 
     def batch(self) -> Batch:
         """What was shipped."""
+        assert isinstance(self.buffer, Tensor)
         crops = crops_in(self.buffer, self.rows, self.sizes)
         return Batch(crops, torch.from_numpy(self.params), torch.from_numpy(self.positions), self.bad)
 
@@ -91,10 +94,11 @@ def load_or_neighbour(source: Source, i: int) -> tuple[Tensor, list[tuple[int, s
 class MultiCropDataset(Dataset[Batch]):
     """Decodes each image once and takes all its crops; asked with keys (epoch, dataset position)."""
 
-    def __init__(self, source: Source, multicrop: MultiCrop, seed: int) -> None:
+    def __init__(self, source: Source, multicrop: MultiCrop, seed: int, slots: Slots | None = None) -> None:
         self.source = source
         self.multicrop = multicrop
         self.seed = seed
+        self._slots = slots
 
     def __len__(self) -> int:
         return len(self.source)
@@ -107,7 +111,7 @@ class MultiCropDataset(Dataset[Batch]):
         """The batch of these images; every row depends on its own key only."""
         epoch, index = np.asarray(keys, dtype=np.int64).reshape(-1, 2).T
         u_BVS = self.multicrop.uniforms(self.seed, epoch, index)
-        crops = crops_in(shared_bytes(buffer_bytes(len(index), self.multicrop.sizes)), len(index), self.multicrop.sizes)
+        crops = crops_in(self._buffer(buffer_bytes(len(index), self.multicrop.sizes)), len(index), self.multicrop.sizes)
         bad: list[tuple[int, str]] = []
         images: list[Tensor] = []
         waiting = 0
@@ -122,6 +126,10 @@ class MultiCropDataset(Dataset[Batch]):
                 images, waiting = [], 0
         params_VBP = torch.from_numpy(np.ascontiguousarray(self.multicrop.params(u_BVS).swapaxes(0, 1)))
         return Batch(crops, params_VBP, torch.from_numpy(index.copy()), bad)
+
+    def _buffer(self, count: int) -> Tensor:
+        slot = self._slots.take(count) if self._slots is not None else None
+        return shared_bytes(count) if slot is None else slot
 
     def _crop(self, images: Sequence[Tensor], u_BVS: NDArray[np.float64], out: Sequence[Tensor]) -> None:
         """Writes the crops of some decoded images."""

@@ -16,16 +16,22 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from clusterssl import dist
+from clusterssl.data.boxes import buffer_bytes
 from clusterssl.data.dataset import Batch, Key, MultiCropDataset, Shipped
 from clusterssl.data.devicedecode import DeviceDecode, RawDataset
 from clusterssl.data.multicrop import MultiCrop
 from clusterssl.data.sampler import PositionSampler
+from clusterssl.data.slots import Slots
 from clusterssl.data.source import FileSource, Source
 from clusterssl.data.subset import ClassSubset
 from clusterssl.errors import DataGone, UserError
 
 if TYPE_CHECKING:
     from clusterssl.data.resident import Resident
+
+
+_PREFETCH = 2
+"""batches that wait for each worker's turn"""
 
 
 @contextmanager
@@ -91,9 +97,9 @@ def same(item: Any) -> Any:
     return item
 
 
-def ship(item: Any) -> Any:
+def ship(item: Any, slots: Slots) -> Any:
     """Collation of a `Batch`, where there is one."""
-    return Shipped.of(item) if isinstance(item, Batch) else item
+    return Shipped.of(item, slots) if isinstance(item, Batch) else item
 
 
 def checked(batches: Any) -> Iterator[Any]:
@@ -170,10 +176,14 @@ class Loader:
                 "--batch_size or --accumulate"
             )
         self.source, self.multicrop, self.resident, self.decode = source, multicrop, resident, decode
+        spare = 1 + -(-(accumulate + 1) // max(workers, 1))  # of what is held here, beyond what waits
+        size = buffer_bytes(batch_size, multicrop.sizes)
+        self._slots = Slots(workers, _PREFETCH + spare, size)
         self._loader: DataLoader[Any] = DataLoader(
-            Guarded(RawDataset(source) if decode else MultiCropDataset(source, multicrop, seed)),
+            Guarded(RawDataset(source) if decode else MultiCropDataset(source, multicrop, seed, self._slots)),
             batch_sampler=self.sampler,
-            collate_fn=ship,
+            collate_fn=partial(ship, slots=self._slots),
+            prefetch_factor=_PREFETCH if workers > 0 else None,
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=persistent and workers > 0,
@@ -228,9 +238,16 @@ class Loader:
     def _batches(self) -> Iterator[Batch]:
         if self.decode is not None:
             return (self.decode.batch(raw, self.multicrop, self.seed) for raw in checked(self._loader))
-        if self.resident is None:
-            return checked(self._loader)
-        return (self.resident.batch(self.multicrop, self.seed, keys) for keys in self.sampler)
+        if self.resident is not None:
+            return (self.resident.batch(self.multicrop, self.seed, keys) for keys in self.sampler)
+        return self._from_workers()
+
+    def _from_workers(self) -> Iterator[Batch]:
+        if self.workers > 0 and not (self._loader.persistent_workers and self._slots.memory):
+            self._slots.renew()
+        memory = self._slots.memory
+        yield from checked(self._loader)
+        del memory  # another epoch may have renewed it while this one was under way
 
 
 __all__ = ["Failure", "Guarded", "Key", "Loader", "checked", "quiet_worker", "same"]

@@ -41,7 +41,8 @@ def compile_module(module: nn.Module) -> None:
 
     Where Python comes between two graphs, a line in the log says so and why.
     """
-    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+    config = torch._dynamo.config
+    setattr(config, "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit", _MOST_GRAPHS)
     module.compile(dynamic=False)
     torch._dynamo.callback.on_compile_end(_tell_breaks)
 

@@ -67,8 +67,15 @@ class _Training:
 
     def train(self) -> None:
         self.resume()
-        self.parts.run.begin(self.step)
-        self.announce()
+        try:
+            self.parts.run.begin(self.step)
+            self.announce()
+            self.all_epochs()
+        finally:
+            self.profile.close()
+            self.parts.run.close()
+
+    def all_epochs(self) -> None:
         faster = self.feed.loader.faster
         self.progress = Progress(self.total, self.step, self.feed.global_batch, self.parts.world, faster)
         try:
@@ -77,9 +84,7 @@ class _Training:
             self.agreement.finish()
             self.profile.finish()
         finally:
-            self.profile.close()
             self.progress.close()
-            self.parts.run.close()
 
     def announce(self) -> None:
         """In a Slurm job, say whether the time it leaves after a signal is enough for a save."""
@@ -110,7 +115,7 @@ class _Training:
             self.profile.step()
 
     def learn(self, batches: list[Batch]) -> None:
-        """One step; nothing in here waits for the device."""
+        """One step; nothing in here waits for the device, but for the GradScaler of --amp_dtype fp16."""
         self.keep_count(self.one_step(self.step, batches))
 
     def refresh(self) -> None:

@@ -111,7 +111,7 @@ class Mirrors:
             self._queue.put_nowait(entry_of(record, self._step))
         except queue.Full:
             if not self._behind:
-                logger.warning("--%s: too slow, some records are left out there", ", --".join(self._open))
+                logger.warning("--%s: too slow, some records are left out there", ", --".join(self.names))
             self._behind = True
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class Mirrors:
             self._queue.put(None, timeout=_CLOSING_S)
         self._thread.join(_CLOSING_S)
         if self._thread.is_alive():
-            logger.warning("--%s: not finished within %.0f seconds, left behind", ", --".join(self._open), _CLOSING_S)
+            logger.warning("--%s: not finished within %.0f seconds, left behind", ", --".join(self.names), _CLOSING_S)
         self._thread = None
 
     def _copy(self) -> None:

@@ -7,7 +7,9 @@ call of one function and the entry of an empty context.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import tempfile
 import time
 from collections import defaultdict
@@ -23,7 +25,6 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from clusterssl.dist import World
-from clusterssl.errors import UserError
 from clusterssl.files import atomic_write, first_line, make_folder
 
 logger = logging.getLogger(__name__)
@@ -106,29 +107,33 @@ class Profile:
         self._mark("other")
         marks, profiler = self._marks, self._profiler
         self.close()
-        text = report(marks, profiler, steps, self._seen)
-        logger.info("%s", text)
         try:
+            text = report(marks, profiler, steps, self._seen)
+            logger.info("%s", text)
             make_folder(self._folder)
             atomic_write(self._folder / "steps.txt", lambda file: file.write(f"{text}\n".encode()))
             with tempfile.TemporaryDirectory(dir=self._folder) as aside:
                 whole = Path(aside) / "trace.json.gz"
                 profiler.export_chrome_trace(str(whole))
                 whole.replace(self._folder / whole.name)
-        except (OSError, RuntimeError, UserError) as error:
+        except Exception as error:  # whatever a diagnosis meets, the run goes on
             logger.warning("--profile: %s could not be written (%s)", self._folder, first_line(error))
 
     def close(self) -> None:
-        """Switch the profiler off, if it is on."""
+        """Switch the profiler off, if it is on; raises nothing."""
         profiler, self._profiler, self._marks = self._profiler, None, []
         self._steps = 0
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         if profiler is not None:
-            profiler.stop()
+            try:
+                profiler.stop()
+            except Exception as error:
+                logger.warning("--profile: the profiler did not stop (%s)", first_line(error))
 
     def _begin(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it complains of a missing GPU on every CPU
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         self._profiler = profile(activities=kinds, schedule=schedule(wait=0, warmup=1, active=self._steps + 1))
         self._profiler.start()
@@ -148,7 +153,8 @@ class Profile:
     def _mark(self, part: str) -> None:
         event = torch.cuda.Event(enable_timing=True) if self._cuda else None
         if event is not None:
-            event.record()
+            with contextlib.suppress(RuntimeError):  # of the device, which what comes next will tell of
+                event.record()
         self._marks.append(Mark(part, time.perf_counter(), event))
 
     @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +228,13 @@ def test_the_hash_sees_names_and_pixels(tmp_path: Path) -> None:
     assert cache.data_hash(open_source(str(photos(tmp_path / "b")))) == before
     Image.new("RGB", (24, 20)).save(one / "ant" / "0.png")
     assert cache.data_hash(open_source(str(one))) != before
+
+
+def test_what_killed_processes_left_is_swept_an_hour_later(tmp_path: Path) -> None:
+    old, young, foreign = tmp_path / f".{'a1' * 12}.77.tmp", tmp_path / f".{'b2' * 12}.78.tmp", tmp_path / ".mine.tmp"
+    for path in (old, young, foreign):
+        path.write_bytes(b"torn")
+    for path in (old, foreign):
+        os.utime(path, (time.time() - 4000,) * 2)
+    extraction(tmp_path).of(synthetic(), "train")
+    assert not old.exists() and young.exists() and foreign.exists()

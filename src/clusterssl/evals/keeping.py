@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,9 @@ from clusterssl.files import atomic_write, first_line
 logger = logging.getLogger(__name__)
 
 _ROWS_PER_COPY = 4096
+_KEY = 24
+_ASIDE = f".{'[0-9a-f]' * _KEY}.*.tmp"
+_ABANDONED_S = 3600.0
 
 
 class Features(NamedTuple):
@@ -64,7 +68,7 @@ class Entry:
     def __init__(self, folder: str, facts: dict[str, Any], chosen: NDArray[np.int64]) -> None:
         subset = "" if len(chosen) == facts["images"] else hashlib.sha256(np.int64(chosen).tobytes()).hexdigest()[:16]
         self.facts = {**facts, "subset": subset}
-        key = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:24]
+        key = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:_KEY]
         self.folder, self.chosen = Path(folder), chosen
         self.rows, self.about = self.folder / f"{key}.npy", self.folder / f"{key}.json"
         self._aside = self.folder / f".{key}.{dist.broadcast_object(os.getpid())}.tmp"
@@ -94,6 +98,7 @@ class Entry:
         try:
             if dist.rank() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self._sweep()
                 lay_out(self._aside, shape)
         except OSError as error:
             problem = first_line(error)
@@ -111,6 +116,13 @@ class Entry:
             self._aside.unlink(missing_ok=True)
             raise
         self._agree(problem)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left in the folder; one that is still being written is younger."""
+        for left in self.folder.glob(_ASIDE):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                    left.unlink()
 
     def finish(self, readable: NDArray[np.bool_]) -> None:
         """Leave out rows of unreadable images and give the files their names (rank 0). A collective."""

@@ -5,6 +5,7 @@ It needs no GPU and begins when the ranks have parted, so that nobody waits for 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -75,7 +76,8 @@ def _make(folder: Path) -> str:
 
 def _bound(parent: int) -> None:
     """Let this process end with its parent, with its time, or when it asks for too much memory."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    with contextlib.suppress(AttributeError):  # outside Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         sys.exit("the run has ended")
     signal.alarm(int(LIMIT_S) + 1)

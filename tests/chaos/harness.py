@@ -16,6 +16,7 @@ from tests.launch import ROOT, Launched, metrics
 
 RANKS = 2
 FLAGS = [
+    *("--report", "false"),
     *("--data_path", "digits", "--nmb_crops", "2", "1", "--size_crops", "16", "12", "--min_scale_crops", "0.4", "0.2"),
     *(
         "--max_scale_crops",

@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from clusterssl import child
 from clusterssl.errors import UserError
 from clusterssl.preemption import StopRequest
 
@@ -54,24 +55,21 @@ def close_with_page(folder: Path) -> None:
 
 def _make(folder: Path) -> str:
     """What went wrong, in words, or nothing."""
-    source = str(Path(__file__).resolve().parents[1])
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    env["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [env.get("PYTHONPATH")])])
     words = [sys.executable, "-m", "clusterssl.closing", str(folder), str(os.getpid())]
     end = time.monotonic() + LIMIT_S
     with StopRequest() as request, tempfile.TemporaryFile() as said:
-        child = subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        maker = subprocess.Popen(words, env=child.environment(), stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         try:
-            while child.poll() is None:
+            while maker.poll() is None:
                 if request.received or time.monotonic() > end:
                     return f"the report was left unfinished ({request.received or f'after {LIMIT_S:.0f} s'})"
                 time.sleep(0.05)
         finally:
-            child.kill()
-            child.wait()
+            maker.kill()
+            maker.wait()
         said.seek(0)
         last = said.read().decode(errors="replace").strip().splitlines()[-1:]
-    return f"the report is not whole ({' '.join(last) or f'exit code {child.returncode}'})" if child.returncode else ""
+    return f"the report is not whole ({' '.join(last) or f'exit code {maker.returncode}'})" if maker.returncode else ""
 
 
 def _bound(parent: int) -> None:

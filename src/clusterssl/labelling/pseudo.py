@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clusterssl.data import Source, fingerprint, open_source
+from clusterssl.data.unseen import Unseen
 from clusterssl.errors import UserError
 from clusterssl.files import first_line, read_checkpoint
 from clusterssl.labelling.tables import write_csv
@@ -81,10 +82,13 @@ class LabelFile(NamedTuple):
         """Labels [H, N] of these images, `IGNORED` where the file has none.
 
         Names agree in full, or below the folder that each side's have in common, so that a dataset may have moved.
+        Images that nobody looks at all get label 0.
 
         Raises:
             UserError: the file names none of the images.
         """
+        if isinstance(source, Unseen):
+            return np.zeros((len(self.labels_HN), len(source)), dtype=np.int32)
         names = [source.name(i) for i in range(len(source))]
         found = self._matched(names, self.names)
         if (found < 0).all():

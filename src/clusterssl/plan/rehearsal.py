@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +18,7 @@ from clusterssl import dist
 from clusterssl.batchnorm import same_on_all_ranks, shared_by_all, synchronise
 from clusterssl.checkpoint import bare
 from clusterssl.data import Augment, BadImages
+from clusterssl.data.unseen import Unseen
 from clusterssl.dist import World
 from clusterssl.engine import AGREED
 from clusterssl.feed import Feed
@@ -48,25 +48,6 @@ class Rehearsed:
     """bytes of a checkpoint: of the file that all share, and of each rank's own, if there is one"""
     messages: list[Message] = field(default_factory=list)
     """collectives of a step"""
-
-
-class Unseen:
-    """As many images as are said, which nobody looks at."""
-
-    def __init__(self, number: int) -> None:
-        self.classes: list[str] = []
-        self.labels = np.full(number, -1, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, i: int) -> str:
-        """Stands for a path."""
-        return str(i)
-
-    def load(self, i: int) -> Tensor:
-        """There is nothing to load."""
-        raise NotImplementedError
 
 
 def rehearse(blueprint: Blueprint, images: int, ranks: int, *, gpu: bool) -> Rehearsed:

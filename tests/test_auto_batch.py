@@ -11,15 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from clusterssl.auto_batch import choices, confirmed, largest, one_step, scaled
+from clusterssl import auto_batch
+from clusterssl.auto_batch import FACTOR, choices, confirmed, largest, scaled, trial_step, with_batch
 from clusterssl.cluster.online import AssignmentOptions
+from clusterssl.dist import World
+from clusterssl.errors import UserError
 from clusterssl.options import OptimOptions
 from clusterssl.plan.blueprint import read_script
+from clusterssl.precision import Precision
 from main_selfclassifier import Config as SelfClassifierConfig
 from main_selfclassifier import ObjectiveOptions, StepOptions
 from main_swav import Config
-from tests.launch import ROOT, TINY, Launched
+from tests.launch import ROOT, TINY, Launched, metrics
+from tests.ranks import run_ranks
 from tests.test_methods import METHODS, SHARED
 
 FLAGS = [*TINY, "--data_path", "synthetic:3000:24x24", "--arch", "conv4", "--epochs", "1", "--log_freq", "10"]
@@ -88,12 +94,108 @@ def test_halves_until_a_real_step_fits() -> None:
     with pytest.raises(RuntimeError, match="another"):
         confirmed(8, lambda batch: (_ for _ in ()).throw(RuntimeError("another")))
 
+    for words in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"):
 
-@pytest.mark.parametrize("script", ["main_swav.py", "main_selfclassifier.py", "main_sela.py", "main_deepcluster.py"])
-def test_the_step_that_confirms_is_one_of_every_network(script: str) -> None:
-    own = {"main_sela.py": ["--version", "1"], "main_selfclassifier.py": METHODS["selfclassifier"][1]}
+        def short(batch: int, words: str = words) -> None:
+            if batch > 8:
+                raise RuntimeError(words)
+
+        assert confirmed(64, short) == 8
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["main_swav.py", "main_selfclassifier.py", "main_sela.py", "main_deepcluster.py", "train_on_labels.py"],
+)
+def test_the_step_that_confirms_is_one_of_every_network(script: str, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text("path,head0\na.jpg,0\nb.jpg,3\n")
+    own = {"main_sela.py": ["--version", "1"], "main_selfclassifier.py": METHODS["selfclassifier"][1],
+           "train_on_labels.py": ["--labels", str(labels), "--rotation"]}  # fmt: skip
     plan = read_script(ROOT / script, [*SHARED, "--size_crops", "16", *own.get(script, [])], 1, 1)
-    one_step(plan.config, plan.make_model, torch.device("cpu"))
+    for dtype in (None, torch.bfloat16):
+        trial_step(plan.config, plan.make_model, torch.device("cpu"), Precision(dtype))
+
+
+class Noted(torch.nn.Linear):
+    """Records the number format of its outputs."""
+
+    seen: torch.dtype | None = None
+
+    def forward(self, crops: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        scores = super().forward(crops[0].flatten(1))
+        Noted.seen = scores.dtype
+        return scores
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_the_step_that_confirms_takes_the_precision_of_the_run(dtype: torch.dtype | None) -> None:
+    plan = read_script(ROOT / "main_swav.py", [*SHARED, "--nmb_crops", "2", "--size_crops", "4"], 1, 1)
+    trial_step(plan.config, lambda config: Noted(48, 5), torch.device("cpu"), Precision(dtype))
+    assert Noted.seen == (dtype or torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_trial_that_runs_out_of_memory_is_answered_by_a_smaller_batch() -> None:
+    plan = read_script(ROOT / "main_swav.py", ["--arch", "resnet50", "--nmb_crops", "2", "--size_crops", "224"], 1, 1)
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(6e9, 0.9 * free) / total)
+    tried: list[int] = []
+
+    def attempt(batch: int) -> None:
+        tried.append(batch)
+        trial_step(scaled(plan.config, batch, 1), plan.make_model, torch.device("cuda"), Precision(torch.bfloat16))
+
+    try:
+        found = confirmed(1024, attempt)
+        assert 0 < found == tried[-1] < 1024 and len(tried) > 1
+        assert torch.cuda.memory_reserved() < 1e9, "memory of the trials is kept"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def broken_on_the_last(rank: int, ranks: int) -> str:
+    """What a rank says when the trial fails on one of them."""
+
+    def make_model(config: Config) -> torch.nn.Module:
+        if rank == ranks - 1:
+            raise ValueError("broken")
+        return torch.nn.Linear(1, 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto_batch, "trial_step", lambda config, make_model, device, precision: make_model(config))
+        try:
+            auto_batch._tried(Config(), 64, World(rank=rank, size=ranks), make_model, Precision())
+        except (ValueError, UserError) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_trial_that_fails_on_one_rank_ends_all() -> None:
+    first, second = run_ranks(broken_on_the_last, 2)
+    assert first.startswith("UserError: another rank stopped") and second == "ValueError: broken"
+
+
+def resumed(before: dict, *, batch_size: int = 64, **rates: float) -> tuple[Config, dict]:
+    config = Config(optim=OptimOptions(batch_size=batch_size, **rates), assignment=AssignmentOptions(queue_length=3840))
+    return with_batch(config, 10**6, World(), lambda config: None, Precision(), before)
+
+
+def test_a_resumed_run_takes_new_rates_by_the_factor_of_its_first_start() -> None:
+    before = {"global_batch": 256, "base_lr": 9.6, "queue_length": 4096, FACTOR: 4.0}
+    config, facts = resumed(before, base_lr=0.1, final_lr=0.01, start_warmup=0.02)
+    assert facts == {FACTOR: 4.0} and config.optim.batch_size == 256 and config.assignment.queue_length == 4096
+    assert (config.optim.base_lr, config.optim.final_lr, config.optim.start_warmup) == (0.4, 0.04, 0.08)
+    given, _ = resumed({"global_batch": 256, "base_lr": 9.6, "queue_length": 4096}, base_lr=0.1)
+    assert (given.optim.batch_size, given.optim.base_lr) == (256, 0.1), "a run that began without --auto_batch"
+
+
+def test_planning_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_batch, "PLANNING_S", 0.05)
+    monkeypatch.setattr("sys.argv", [str(ROOT / "main_swav.py"), *FLAGS])
+    with pytest.raises(UserError, match=r"--auto_batch: the batch could not be planned: no answer within 0.05 s"):
+        with_batch(Config(), 10**6, World(), lambda config: None, Precision(), None)
 
 
 def within(mib: int, folder: Path) -> tuple[int, float, str]:
@@ -128,8 +230,63 @@ def test_a_resumed_run_keeps_its_batch_on_other_ranks_too(tmp_path: Path) -> Non
     record = json.loads((tmp_path / "run.json").read_text())
     assert batch(tmp_path) == 32 and record["facts"]["global_batch"] == 64
     assert record["config"]["queue_length"] == 128 and record["config"]["base_lr"] == pytest.approx(0.32)
-    codes, printed = Launched("main_swav.py", *words, "--queue_length", "100", "--epochs", "3").wait()
-    assert codes == [0] and "--base_lr" not in printed.replace("with a lower --base_lr", ""), printed
+    more = ["--queue_length", "100", "--epochs", "3", "--base_lr", "0.01"]
+    codes, printed = Launched("main_swav.py", *words, *more).wait()
+    assert codes == [0] and "--batch_size 64 (given: 10), --base_lr 0.032 (given: 0.01, in proportion" in printed, (
+        printed
+    )
     assert "--batch_size differs from the first start: was 32, is now 64" in printed and "resuming" in printed
+    rates = [line["lr"] for line in metrics(tmp_path) if line.get("epoch") == 2 and "lr" in line]
+    assert rates and max(rates) <= 0.032
     codes, printed = Launched("main_swav.py", *words, "--queue_length", "100", ranks=3).wait()
     assert codes == [2] * 3 and "64 images a step" in printed
+
+
+def test_a_batch_without_a_checkpoint_is_planned_again(tmp_path: Path) -> None:
+    words = [*FLAGS, "--dump_path", str(tmp_path), "--queue_length", "100"]
+    codes, printed = Launched("main_swav.py", *words, "--data_path", "synthetic:700:24x24").wait()
+    assert codes == [0], printed
+    record = json.loads((tmp_path / "run.json").read_text())
+    chosen = record["config"]["batch_size"]
+    assert chosen > 16
+    for name in ("batch_size", "queue_length"):
+        record["config"][name] *= 64
+    for name in ("global_batch", FACTOR):
+        record["facts"][name] *= 64
+    record["facts"]["steps_per_epoch"] = 1
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "checkpoint.pth.tar").unlink()
+    codes, printed = Launched("main_swav.py", *words, "--data_path", "synthetic:700:24x24").wait()
+    assert codes == [0] and "an epoch keeps 10 steps" in printed, printed
+    now = json.loads((tmp_path / "run.json").read_text())
+    assert now["config"]["batch_size"] == now["facts"]["global_batch"] == chosen
+    assert now["config"]["queue_length"] == record["config"]["queue_length"] // 64
+    codes, printed = Launched("main_swav.py", *words, "--data_path", "synthetic:700:24x24", "--epochs", "2").wait()
+    assert codes == [0] and "as at the first start" in printed, printed
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_planned_or_read(tmp_path: Path) -> None:
+    about = {"method": "sela", "config": {"seed": 5}, "facts": {}}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    words = [*FLAGS, "--dump_path", str(tmp_path), "--data_path", str(tmp_path / "nothing")]
+    codes, printed = Launched("main_swav.py", *words).wait()
+    assert codes == [2] and "holds a run of sela, not swav" in printed, printed
+    (tmp_path / "run.json").write_text(json.dumps({**about, "method": "swav"}))
+    codes, printed = Launched("main_swav.py", *words).wait()
+    assert codes == [2] and "seed was 5 and is now" in printed, printed
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_labels_of_real_images(tmp_path: Path) -> None:
+    pictures, labels = tmp_path / "pictures", tmp_path / "labels.csv"
+    pictures.mkdir()
+    rows = []
+    for number in range(90):
+        path = pictures / f"{number:03}.jpg"
+        Image.new("RGB", (24, 24), (number, 2 * number, 90)).save(path)
+        rows.append(f"{path},{number % 3}")
+    labels.write_text("\n".join(["path,head0", *rows]))
+    words = ["--data_path", str(pictures), "--labels", str(labels), "--arch", "conv4w4", "--size_crops", "16"]
+    words += ["--workers", "0", "--device", "cpu", "--epochs", "1", "--batch_size", "2", "--report", "false"]
+    codes, printed = Launched("train_on_labels.py", *words, "--auto_batch", "--dump_path", str(tmp_path / "run")).wait()
+    assert codes == [0] and "--batch_size 8 (given: 2)" in printed, printed

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from clusterssl import dist
+from clusterssl import child, dist
 from clusterssl.data.cache import available_bytes
 from clusterssl.dist import World
 from clusterssl.errors import UserError
@@ -39,6 +39,16 @@ FIRST_STEP = 2**27
 """bytes of libraries that a process without a GPU has not loaded before its first step"""
 FEWEST_STEPS = 10
 """of an epoch: a batch is not made so large that there would be fewer"""
+PLANNING_S = 900
+"""seconds after which planning is given up; it takes one to a hundred"""
+FACTOR = "rate_factor"
+"""the fact of a run by which its given rates were multiplied"""
+FOLLOWING = frozenset(["batch_size", "global_batch", "steps_per_epoch", "queue_length", "queue_len", FACTOR])
+"""flags and facts that a plan decides, beside the rates"""
+NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+"""what CUDA, cuBLAS and cuDNN say in errors of no type of their own"""
+RATES = ("base_lr", "final_lr", "start_warmup")
+QUEUES = (("assignment", "queue_length"), ("objective", "queue_len"))
 
 
 def choices(most: int) -> list[int]:
@@ -78,26 +88,41 @@ def _foretold(ladder: list[int], known: dict[int, int], limit: float) -> int:
 
 def confirmed(batch: int, attempt: Callable[[int], None]) -> int:
     """`batch`, or the first of its halves at which `attempt` does not run out of memory; 0 when none does."""
-    while batch > 0:
-        try:
-            attempt(batch)
-            return batch
-        except torch.OutOfMemoryError:
-            batch //= 2
-            batch = batch - batch % 8 if batch > 8 else batch
+    while batch > 0 and not _fits(batch, attempt):
+        batch //= 2
+        batch = batch - batch % 8 if batch > 8 else batch
+    return batch
+
+
+def _fits(batch: int, attempt: Callable[[int], None]) -> bool:
+    try:
+        attempt(batch)
+        return True
+    except RuntimeError as error:
+        short = isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+        if not short:
+            raise
+        return False
+    finally:
         torch.cuda.empty_cache()
-    return 0
+
+
+def _factor(optim: Any, batch: int) -> float:
+    """Of the rates when the batch is another one."""
+    ratio = batch / optim.batch_size
+    return math.sqrt(ratio) if optim.optimizer == "adamw" else ratio
+
+
+def _rates(optim: Any, factor: float) -> dict[str, float]:
+    return {name: getattr(optim, name) * factor for name in RATES}
 
 
 def scaled(config: C, batch: int, ranks: int) -> C:
     """A configuration with another batch, and rates and queues that go with it; queues do not get shorter."""
     optim: Any = config.optim  # type: ignore[attr-defined]
-    ratio = batch / optim.batch_size
-    factor = math.sqrt(ratio) if optim.optimizer == "adamw" else ratio
-    rates = {name: getattr(optim, name) * factor for name in ("base_lr", "final_lr", "start_warmup")}
-    changes: dict[str, Any] = {"optim": replace(optim, batch_size=batch, **rates)}
+    changes: dict[str, Any] = {"optim": replace(optim, batch_size=batch, **_rates(optim, _factor(optim, batch)))}
     step = batch * optim.accumulate * ranks
-    for group, name, unit in (("assignment", "queue_length", step), ("objective", "queue_len", 1)):
+    for (group, name), unit in zip(QUEUES, (step, 1), strict=True):
         part = getattr(config, group, None)
         asked = getattr(part, name, 0)
         if part is not None and asked > 0:
@@ -105,75 +130,104 @@ def scaled(config: C, batch: int, ranks: int) -> C:
     return replace(config, **changes)  # type: ignore[type-var]
 
 
-def with_batch(config: C, images: int, world: World, make_model: Callable[[C], Any]) -> C:
-    """The configuration with the largest batch that fits on every rank; that of the run's first start if there was one.
+def with_batch(
+    config: C, images: int, world: World, make_model: Callable[[C], Any], precision: Precision,
+    before: dict[str, Any] | None,
+) -> tuple[C, dict[str, Any]]:  # fmt: skip
+    """The configuration with the largest batch that fits on every rank, or with that of the run's first start.
 
     Args:
         config: with --auto_batch.
         images: of the dataset.
-        world: this process's place.
+        world: this process's place; what will lie on its device beside the training lies there already.
         make_model: from a configuration to its network.
+        precision: of the training.
+        before: flags and facts of the first start of a run that goes on.
+
+    Returns:
+        The configuration, and what a resume must find among the run's facts.
 
     Raises:
         UserError: not even one image fits, or the first start's batch cannot be shared by these ranks.
     """
-    run, optim = config.run, config.optim  # type: ignore[attr-defined]
-    before = dist.broadcast_object(_first_start(Path(run.dump_path)) if world.is_main else None)
+    optim: Any = config.optim  # type: ignore[attr-defined]
     if before is not None:
-        return _as_before(config, before, world.size)
+        chosen, factor = _as_before(config, before, world.size), before.get(FACTOR, 1.0)
+        _tell(config, chosen, factor, "as at the first start")
+        return chosen, {FACTOR: factor}
     free = torch.cuda.mem_get_info(world.device)[0] if world.device.type == "cuda" else _share_of_memory()
     limit = float(dist.all_reduce_(torch.tensor(USABLE[world.device.type] * free, dtype=torch.float64), "min"))
     most = max(images // (FEWEST_STEPS * optim.accumulate * world.size), 1)
-    batch = _planned(config, images, world, limit, most)
+    batch = _planned(images, world, limit, most)
     if world.device.type == "cuda":
-        batch = confirmed(batch, lambda size: one_step(scaled(config, size, world.size), make_model, world.device))
-    batch = int(dist.all_reduce_(torch.tensor(batch), "min"))
+        batch = _tried(config, batch, world, make_model, precision)
     if batch == 0:
         raise UserError(
             f"--auto_batch: not even a batch of one image fits into {limit / 1e9:.2f} GB; take a smaller --arch, fewer "
             "or smaller crops (--nmb_crops, --size_crops)"
         )
-    chosen = scaled(config, batch, world.size)
-    _tell(config, chosen, limit, batch == choices(most)[-1])
-    return chosen
+    chosen, factor = scaled(config, batch, world.size), _factor(optim, batch)
+    bounded = batch == choices(most)[-1]
+    _tell(config, chosen, factor, f"an epoch keeps {FEWEST_STEPS} steps" if bounded else
+          f"the largest within {limit / 1e9:.2f} GB")  # fmt: skip
+    return chosen, {FACTOR: factor}
+
+
+def _tried(config: Any, batch: int, world: World, make_model: Callable[[Any], Any], precision: Precision) -> int:
+    """The largest batch, `batch` or less, of which a step fits on every rank; a rank's problem ends all of them."""
+    try:
+        batch = confirmed(
+            batch, lambda size: trial_step(scaled(config, size, world.size), make_model, world.device, precision)
+        )
+    except Exception:
+        with suppress(UserError):
+            dist.raise_together(UserError("--auto_batch: the trial step failed"))
+        raise
+    dist.raise_together(None)
+    return int(dist.all_reduce_(torch.tensor(batch), "min"))
 
 
 def _share_of_memory() -> float:
     return max(available_bytes() / dist.local_size() - FIRST_STEP, 0.0)
 
 
-def _planned(config: Any, images: int, world: World, limit: float, most: int) -> int:
+def _planned(images: int, world: World, limit: float, most: int) -> int:
     """What the rehearsal says, asked once for all ranks."""
     problem, batch = "", 0
     if world.is_main:
         per_node = dist.local_size() if world.size % dist.local_size() == 0 else world.size
         facts = {"images": images, "nodes": world.size // per_node, "per_node": per_node, "limit": limit, "most": most,
                  "gpu": world.device.type == "cuda"}  # fmt: skip
-        script = str(Path(sys.argv[0]).resolve())
-        paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        command = [sys.executable, "-m", "clusterssl.plan.largest", json.dumps(facts), script, *sys.argv[1:]]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        said = done.stdout.split("\n")
-        found = next((line for line in reversed(said) if line.startswith("batch ")), "")
-        if done.returncode == 0 and found:
-            batch = int(found.split()[1])
-        else:
-            problem = (
-                f"--auto_batch: the batch could not be planned: {(done.stderr.strip() or 'no answer').splitlines()[-1]}"
-            )
-    problem = dist.broadcast_object(problem)
+        try:
+            batch = _asked(facts)
+        except (UserError, OSError) as error:
+            problem = f"--auto_batch: the batch could not be planned: {error}"
+    problem, batch = dist.broadcast_object((problem, batch))
     if problem:
         raise UserError(problem)
-    return dist.broadcast_object(batch)
+    return batch
 
 
-def one_step(config: Any, make_model: Callable[[Any], Any], device: torch.device) -> None:
+def _asked(facts: dict[str, Any]) -> int:
+    """The answer of `plan.largest` to this command line."""
+    script = str(Path(sys.argv[0]).resolve())
+    command = [sys.executable, "-m", "clusterssl.plan.largest", json.dumps(facts), script, *sys.argv[1:]]
+    try:
+        done = subprocess.run(command, env=child.environment(), stdin=subprocess.DEVNULL, capture_output=True,
+                              text=True, check=False, timeout=PLANNING_S)  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"no answer within {PLANNING_S} s; give --batch_size without --auto_batch") from error
+    found = next((line for line in reversed(done.stdout.split("\n")) if line.startswith("batch ")), "")
+    if done.returncode or not found:
+        raise UserError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+    return int(found.split()[1])
+
+
+def trial_step(config: Any, make_model: Callable[[Any], Any], device: torch.device, precision: Precision) -> None:
     """Forward and backward pass and optimiser step of the bare network on blank crops, which are gone afterwards."""
     model, data = make_model(config).to(device).train(), config.data
     if config.model.channels_last:
         model.to(memory_format=torch.channels_last)
-    precision = Precision(torch.bfloat16 if config.model.use_fp16 and device.type == "cuda" else None)
     optimizer = build_optimizer(model.parameters(), config.optim.optimizer, 0.0, 0.0)
     sizes = [size for number, size in zip(data.nmb_crops, data.size_crops, strict=True) for _ in range(number)]
     crops = [torch.zeros(config.optim.batch_size, 3, *size, device=device) for size in sizes]
@@ -181,15 +235,6 @@ def one_step(config: Any, make_model: Callable[[Any], Any], device: torch.device
         outputs = [x for x in tree_leaves(model(crops)) if isinstance(x, Tensor) and x.requires_grad]
     torch.stack([x.float().sum() for x in outputs]).sum().backward()
     optimizer.step()
-
-
-def _first_start(folder: Path) -> dict[str, Any] | None:
-    """Flags and facts of the run's first start; None where there was none, or where opening the run will refuse it."""
-    try:
-        record = json.loads((folder / "run.json").read_text())
-        return {**record["config"], **record["facts"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _as_before(config: C, before: dict[str, Any], ranks: int) -> C:
@@ -200,21 +245,21 @@ def _as_before(config: C, before: dict[str, Any], ranks: int) -> C:
             f"--auto_batch: the run began with {before.get('global_batch')} images a step, which {ranks} ranks x "
             f"--accumulate {optim.accumulate} cannot share; take another number of ranks"
         )
-    rates = {name: before[name] for name in ("base_lr", "final_lr", "start_warmup") if name in before}
+    rates = _rates(optim, before.get(FACTOR, 1.0))
     changes: dict[str, Any] = {"optim": replace(optim, batch_size=batch, **rates)}
-    for group, name in (("assignment", "queue_length"), ("objective", "queue_len")):
+    for group, name in QUEUES:
         part = getattr(config, group, None)
         if hasattr(part, name) and name in before:
             changes[group] = replace(part, **{name: before[name]})  # type: ignore[type-var]
     return replace(config, **changes)  # type: ignore[type-var]
 
 
-def _tell(old: Any, new: Any, limit: float, bounded: bool) -> None:
-    rule = "square root" if old.optim.optimizer == "adamw" else "in proportion"
+def _tell(old: Any, new: Any, factor: float, why: str) -> None:
+    rule = "by the square root" if old.optim.optimizer == "adamw" else "in proportion"
     told = [f"--batch_size {new.optim.batch_size} (given: {old.optim.batch_size})",
-            f"--base_lr {new.optim.base_lr:g} (given: {old.optim.base_lr:g}, {rule})"]  # fmt: skip
-    for group, name in (("assignment", "queue_length"), ("objective", "queue_len")):
+            f"--base_lr {new.optim.base_lr:g} (given: {old.optim.base_lr:g}, {rule}: x {factor:g})"]  # fmt: skip
+    told += [f"--{name} {getattr(new.optim, name):g}" for name in RATES[1:] if getattr(new.optim, name)]
+    for group, name in QUEUES:
         if getattr(getattr(new, group, None), name, 0) > 0:
             told.append(f"--{name} {getattr(getattr(new, group), name)}")
-    why = f"an epoch keeps {FEWEST_STEPS} steps" if bounded else f"the largest within {limit / 1e9:.2f} GB"
     logger.info("--auto_batch: %s; %s", ", ".join(told), why)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from clusterssl import dist
-from clusterssl.auto_batch import with_batch
+from clusterssl.auto_batch import FOLLOWING, with_batch
 from clusterssl.batchnorm import synchronise
 from clusterssl.checkpoint import distribute
 from clusterssl.closing import close_with_page
@@ -128,7 +128,7 @@ def assemble(
     learning_rate: Callable[[T, int], Callable[[int], float]] | None = None,
     images_per_epoch: Callable[[T, int], int] | None = None,
 ) -> Parts:
-    """Build everything a run consists of; the run directory is touched last, when all flags have proved good.
+    """Build everything a run consists of; the run directory is read first and written last, when all is good.
 
     Args:
         name: of the method, as recorded in the run directory.
@@ -146,31 +146,34 @@ def assemble(
     Raises:
         UserError: bad images, flags, weights or run directory, in the words of the part that found it.
     """
+    run, flags = Run(config.run.dump_path, world, config.run.mirrors), plain(config)
+    follows = FOLLOWING if config.optim.auto_batch else frozenset()
+    before = run.check(name, flags, frozenset(flags) - FREE - follows)
     data, patience_s = config.data, 60 * config.data.data_patience_minutes
     cache = "none" if data.decode == "gpu" and data.cache == "auto" else data.cache  # which would keep decoded images
     source = open_source(data.data_path, subset_file=data.subset_file, patience_s=patience_s, cache=cache)
-    if config.optim.auto_batch:
-        config = with_batch(config, len(source), world, make_model)
-    torch.manual_seed(config.run.seed)
     resident = reside(source, world.device, _workers(config)) if data.cache == "device" else None
+    precision, planned = _precision(config, world), cast(dict[str, Any], {})
+    if config.optim.auto_batch:
+        config, planned = with_batch(config, len(source), world, make_model, precision, before)
     loader = make_loader(
         source, config, world, multicrop=multicrop, images_per_epoch=images_per_epoch, resident=resident,
         decode=_decode(source, config, world),
     )  # fmt: skip
+    torch.manual_seed(config.run.seed)
     model = _placed(make_model(config), config, world)
     wrapped = distribute(model, world, config.run.grad_compression)
-    run = Run(config.run.dump_path, world, config.run.mirrors)
     ledger = BadImages(loader.source, run.folder / "bad_images.txt", max_bad_fraction=config.data.max_bad_fraction)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
     augment = augment or Augment()
     if config.model.compile and world.device.type == "cuda":  # on CPUs it is slower, see bench/augment.py
         augment = augment.fuse(layout)
-    feed = Feed(loader, augment, world, layout, _precision(config, world), ledger)
+    feed = Feed(loader, augment, world, layout, precision, ledger)
     method = make_method(wrapped, config, feed)
     flags = plain(config)
-    facts = {"global_batch": loader.global_batch, "num_images": feed.num_images}
-    facts["steps_per_epoch"] = loader.batches_per_epoch
-    run.open(name, flags, {**facts, "dataset_hash": fingerprint(loader.source)}, frozenset(flags) - FREE)
+    facts = {"global_batch": loader.global_batch, "num_images": feed.num_images, **planned}
+    facts |= {"steps_per_epoch": loader.batches_per_epoch, "dataset_hash": fingerprint(loader.source)}
+    run.open(name, flags, facts, frozenset(flags) - FREE, follows)
     _tell(config, loader, model, world)
     optim = config.optim
     groups = parameter_groups(model, config) if parameter_groups else model.parameters()

@@ -58,7 +58,33 @@ class Run:
         self.saver = Saver(self.folder, world, self._before_save)
         self._start = ""
 
-    def open(self, method: str, config: dict[str, Any], facts: dict[str, Any], fixed: frozenset[str]) -> None:
+    def check(self, method: str, config: dict[str, Any], fixed: frozenset[str]) -> dict[str, Any] | None:
+        """Refuse early what `open` would; a collective call that writes nothing.
+
+        Returns:
+            Flags and facts of the first start where there is a checkpoint to go on from, else None.
+
+        Raises:
+            UserError: the directory holds a run of another method or of incompatible flags.
+        """
+        problem, before = "", None
+        if self.world.is_main:
+            try:
+                self._check(method, config, fixed)
+                _, before = self._first_start() if self.has_checkpoint() else ("", None)
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"--dump_path {self.folder}: cannot be read ({first_line(error)}); choose another folder"
+        problem, before = dist.broadcast_object((problem, before))
+        if problem:
+            raise UserError(problem)
+        return before
+
+    def open(
+        self, method: str, config: dict[str, Any], facts: dict[str, Any], fixed: frozenset[str],
+        planned: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
         """Check that the directory is this run's or free, then record this start.
 
         Args:
@@ -66,16 +92,18 @@ class Run:
             config: flags and values.
             facts: derived values that a resume must find again, e.g. {"global_batch": 256, "num_images": 5000}.
             fixed: flags that must not differ from those of the first start.
+            planned: flags and facts that may differ until there is a checkpoint; this start is the first one then.
 
         Raises:
             UserError: the directory holds a run of another method or of incompatible flags, or cannot be written.
         """
-        problem, changed = "", []
+        problem, changed = "", {}
         self._about = {"method": method, **config, **facts}
         if self.world.is_main:
             try:
-                changed = self._check(method, config, facts, fixed)
-                self._record_start(method, config, facts)
+                loose = frozenset() if self.has_checkpoint() else planned
+                changed = self._check(method, {**config, **facts}, (fixed | facts.keys()) - loose)
+                self._record_start(method, config, facts, anew=bool(loose))
             except UserError as error:
                 problem = str(error)
             except OSError as error:
@@ -84,11 +112,20 @@ class Run:
         if problem:
             raise UserError(problem)
         log_to_file(self.folder / "train.log", self.world)
-        for line in changed:
-            logger.info("%s", line)
+        for flag in [key for key in changed if key in config]:
+            logger.info("%s", changed[flag])
 
-    def _check(self, method: str, config: dict[str, Any], facts: dict[str, Any], fixed: frozenset[str]) -> list[str]:
-        """Refuse what does not fit; returns what differs and may."""
+    def _first_start(self) -> tuple[str, dict[str, Any]]:
+        """Its method, and its flags and facts."""
+        record = self.folder / "run.json"
+        try:
+            before = json.loads(record.read_text())
+            return before["method"], {**before["config"], **before["facts"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{record}: damaged or of another program; choose another --dump_path") from error
+
+    def _check(self, method: str, new: dict[str, Any], fixed: frozenset[str]) -> dict[str, str]:
+        """Refuse what does not fit; returns what differs and may, in words."""
         record = self.folder / "run.json"
         if not record.exists():
             if (self.folder / CURRENT).exists():
@@ -96,26 +133,20 @@ class Run:
                     f"--dump_path {self.folder}: holds a {CURRENT} but no run.json, so it is not a run of ours; "
                     "choose another folder, or start from its weights with --init"
                 )
-            return []
-        try:
-            before = json.loads(record.read_text())
-            old = {**before["config"], **before["facts"]}
-            known = before["method"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{record}: damaged or of another program; choose another --dump_path") from error
+            return {}
+        known, old = self._first_start()
         if known != method:
             raise UserError(f"--dump_path {self.folder}: holds a run of {known}, not {method}; choose another folder")
-        new = {**config, **facts}
         differing = [key for key in new if key in old and old[key] != new[key]]
-        refused = [key for key in differing if key in fixed or key in facts]
+        refused = [key for key in differing if key in fixed]
         if refused:
             difference = ", ".join(f"{key} was {old[key]} and is now {new[key]}" for key in refused)
             raise UserError(
                 f"--dump_path {self.folder}: holds another run ({difference}); give what it was, or another folder"
             )
-        return [f"--{key} differs from the first start: was {old[key]}, is now {new[key]}" for key in differing]
+        return {key: f"--{key} differs from the first start: was {old[key]}, is now {new[key]}" for key in differing}
 
-    def _record_start(self, method: str, config: dict[str, Any], facts: dict[str, Any]) -> None:
+    def _record_start(self, method: str, config: dict[str, Any], facts: dict[str, Any], *, anew: bool) -> None:
         make_folder(self.folder)
         for pattern in (".*.tmp", "checkpoints/.*.tmp", ".nonce-*"):  # of what a kill interrupted
             for leftover in self.folder.glob(pattern):
@@ -134,7 +165,7 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "git": _git(),
         }
-        if not (self.folder / "run.json").exists():
+        if anew or not (self.folder / "run.json").exists():
             record = {"method": method, "config": config, "facts": facts, "argv": sys.argv, **start}
             text = json.dumps(record, indent=1) + "\n"
             atomic_write(self.folder / "run.json", lambda file: file.write(text.encode()))
@@ -181,7 +212,7 @@ class Run:
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume from."""
-        return (self.folder / CURRENT).exists()
+        return any((self.folder / name).exists() for name in (CURRENT, PREVIOUS))
 
     def load(self) -> dict[str, Any] | None:
         """The newest readable checkpoint with this rank's rows of its sharded tensors under "sharded", or None.
@@ -223,7 +254,8 @@ class Run:
     def _before_save(self) -> None:
         """What must be so before a checkpoint counts: records on the disk, and no later start of this run."""
         self._metrics.sync()
-        if self._start and json.loads(_last_line(self.folder / "launches.jsonl")).get("id") != self._start:
+        launches = self.folder / "launches.jsonl"
+        if self._start and json.loads(launches.read_text().splitlines()[-1]).get("id") != self._start:
             raise UserError(f"{self.folder}: another start of this run has taken over; this one ends")
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -253,10 +285,6 @@ class Run:
         self.saver.close()
         self._metrics.close()
         self._mirrors.close()
-
-
-def _last_line(path: Path) -> str:
-    return path.read_text().splitlines()[-1]
 
 
 def _git() -> dict[str, Any] | None:

@@ -290,3 +290,10 @@ def test_labels_of_real_images(tmp_path: Path) -> None:
     words += ["--workers", "0", "--device", "cpu", "--epochs", "1", "--batch_size", "2", "--report", "false"]
     codes, printed = Launched("train_on_labels.py", *words, "--auto_batch", "--dump_path", str(tmp_path / "run")).wait()
     assert codes == [0] and "--batch_size 8 (given: 2)" in printed, printed
+
+
+def test_the_batch_is_planned_with_the_dataset_on_the_device(tmp_path: Path) -> None:
+    words = [*FLAGS, "--data_path", "synthetic:200:24x24", "--cache", "device", "--dump_path", str(tmp_path)]
+    codes, printed = Launched("main_swav.py", *words).wait()
+    assert codes == [0], printed
+    assert printed.index("--cache device: 200 images") < printed.index("--auto_batch: --batch_size")

@@ -40,7 +40,7 @@ FIRST_STEP = 2**27
 FEWEST_STEPS = 10
 """of an epoch: a batch is not made so large that there would be fewer"""
 PLANNING_S = 900
-"""seconds after which planning is given up; it takes one to a hundred"""
+"""seconds after which planning is given up"""
 FACTOR = "rate_factor"
 """the fact of a run by which its given rates were multiplied"""
 FOLLOWING = frozenset(["batch_size", "global_batch", "steps_per_epoch", "queue_length", "queue_len", FACTOR])

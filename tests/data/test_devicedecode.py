@@ -14,7 +14,7 @@ from torch import Tensor
 from clusterssl.data import Batch, Loader, MultiCrop, open_source
 from clusterssl.data import devicedecode as module
 from clusterssl.data.decode import decode
-from clusterssl.data.devicedecode import DeviceDecode, RawDataset, gpu_decoder
+from clusterssl.data.devicedecode import Decoder, DeviceDecode, RawDataset, gpu_decoder
 from clusterssl.data.pack import PackOptions, pack
 from clusterssl.errors import UserError
 from tests.data.test_resident import assert_same, batches
@@ -53,6 +53,47 @@ def decoded(path: Path, workers: int = 0, **more: str) -> list[Batch]:
     found = batches(Loader(source, CROP, batch_size=8, workers=workers, seed=3, decode=maker), 2)
     assert maker.fallbacks == 5  # CMYK, PNG, truncated, text, empty; not the whole lists that these were in
     return found
+
+
+def numbered(count: int, odd: int, calls: list[int]) -> tuple[list[Tensor], Decoder]:
+    """Files of one byte each, and a decoder that refuses every list with a certain one of them."""
+
+    def decoder(files: list[Tensor]) -> list[Tensor]:
+        calls.append(len(files))
+        if any(int(file[0]) == odd for file in files):
+            raise RuntimeError("refused")
+        return [file.expand(3, 1, 1) for file in files]
+
+    return [torch.tensor([number], dtype=torch.uint8) for number in range(count)], decoder
+
+
+@pytest.mark.parametrize("odd", [0, 77, 255])
+def test_one_odd_image_is_found_by_halving(odd: int) -> None:
+    calls: list[int] = []
+    files, decoder = numbered(256, odd, calls)
+    images = DeviceDecode(open_source("digits", limit=2), decoder, CPU)._decoded(files)
+    assert [None if image is None else int(image[0, 0, 0]) for image in images] == [
+        None if number == odd else number for number in range(256)
+    ]
+    assert len(calls) == 1 + 2 * 8
+
+
+GONE = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: an illegal memory access")]
+GONE += [torch.AcceleratorError("CUDA error: misaligned address")] if hasattr(torch, "AcceleratorError") else []
+
+
+@pytest.mark.parametrize("error", GONE)
+def test_a_full_or_broken_device_is_no_bad_image(error: RuntimeError) -> None:
+    calls = []
+
+    def decoder(files: list[Tensor]) -> list[Tensor]:
+        calls.append(len(files))
+        raise error
+
+    files, _ = numbered(9, 0, [])
+    with pytest.raises(type(error)) as told:
+        DeviceDecode(open_source("digits", limit=2), decoder, CPU)._decoded(files)
+    assert told.value is error and calls == [9]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -31,6 +31,8 @@ Decoder = Callable[[list[Tensor]], list[Tensor]]
 """JPEG files, uint8 [n] on the CPU, to images uint8 [3, H, W] on one device; RuntimeError where it cannot read one"""
 
 _PIXELS_AT_ONCE = 2**26
+_DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+"""those that say nothing about an image; older torch knows the second as a RuntimeError only"""
 
 
 class Raw(NamedTuple):
@@ -128,8 +130,11 @@ class DeviceDecode:
             return []
         try:
             return list(self.decoder(files))
-        except RuntimeError:  # it does not say which one
-            return [None] if len(files) == 1 else [image for file in files for image in self._decoded([file])]
+        except RuntimeError as error:  # it does not say which one
+            if isinstance(error, _DEVICE_ERRORS) or "CUDA error" in str(error):
+                raise
+        half = len(files) // 2
+        return self._decoded(files[:half]) + self._decoded(files[half:]) if half else [None]
 
     def _otherwise(self, file: Tensor, i: int) -> tuple[Tensor, list[tuple[int, str]]]:
         self.fallbacks += 1

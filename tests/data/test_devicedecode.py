@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from clusterssl.data import Batch, Loader, MultiCrop, open_source
 from clusterssl.data import devicedecode as module
 from clusterssl.data.decode import decode
+from clusterssl.data.devicecrops import Pixels, device_crops
 from clusterssl.data.devicedecode import Decoder, DeviceDecode, RawDataset, gpu_decoder
 from clusterssl.data.pack import PackOptions, pack
 from clusterssl.errors import UserError
@@ -21,13 +23,15 @@ from tests.data.test_resident import assert_same, batches
 
 CPU = torch.device("cpu")
 CROP = MultiCrop((2, 1), (24, (12, 30)), (0.3, 0.1), (1.0, 0.5))
+REFUSED = 130 + 9 * 10
 
 
 def by_cpu(files: list[Tensor]) -> list[Tensor]:
-    """A decoder of JPEGs only, which refuses the whole list for one that is damaged, as nvJPEG does."""
-    if any(bytes(file[-2:].numpy()) != b"\xff\xd9" for file in files):
-        raise RuntimeError("damaged")
-    return [decode(file.numpy()) for file in files]
+    """A decoder of JPEGs only, which refuses the whole list for one of a certain height."""
+    images = [decode(file.numpy()) for file in files]
+    if any(image.shape[1] == REFUSED for image in images):
+        raise RuntimeError("refused")
+    return images
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def decoded(path: Path, workers: int = 0, **more: str) -> list[Batch]:
     source = open_source(str(path), **more)  # type: ignore[arg-type]
     maker = DeviceDecode(source, by_cpu, CPU)
     found = batches(Loader(source, CROP, batch_size=8, workers=workers, seed=3, decode=maker), 2)
-    assert maker.fallbacks == 5  # CMYK, PNG, truncated, text, empty; not the whole lists that these were in
+    assert maker.fallbacks == 6  # CMYK, PNG, truncated, refused, text, empty; not the whole lists that these were in
     return found
 
 
@@ -110,6 +114,71 @@ def test_portions_do_not_matter(mixed: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert_same(decoded(mixed, cache="none"), whole)
 
 
+def test_truncated_files_are_none_of_the_decoders(tmp_path: Path) -> None:
+    """Which may make pictures of them."""
+    rng = np.random.default_rng(1)
+    thumbnail = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(thumbnail, "JPEG")
+    for number in range(8):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (60, 50, 3), dtype=np.uint8)).save(file, "JPEG")
+        whole = file.getvalue()
+        exif = b"\xff\xe1" + (2 + len(thumbnail.getvalue())).to_bytes(2, "big") + thumbnail.getvalue()
+        whole = whole[:2] + exif + whole[2:] if number in (1, 5) else whole
+        kept = {2: 0.5, 4: 0.99, 5: 0.5}.get(number, 1.0)
+        padding = bytes(10) if number == 6 else b""
+        (tmp_path / f"{number}.jpg").write_bytes(whole[: int(kept * len(whole))] + padding)
+    source, seen = open_source(str(tmp_path), cache="none"), 0
+
+    def careless(files: list[Tensor]) -> list[Tensor]:
+        nonlocal seen
+        seen += len(files)
+        grey = torch.full((3, 60, 50), 128, dtype=torch.uint8)
+        return [decode(file.numpy()) if b"\xff\xd9" in file[-99:].numpy().tobytes() else grey for file in files]
+
+    maker = DeviceDecode(source, careless, CPU)
+    ours = batches(Loader(source, CROP, batch_size=8, decode=maker), 0)
+    expected = batches(Loader(source, CROP, batch_size=8), 0)
+    assert {i for i, _ in expected[0].bad} == {2, 4, 5}
+    assert_same(ours, expected)
+    assert maker.fallbacks == 3 and seen == 5
+
+
+def test_portions_of_other_formats_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(12):
+        kind = ("png", "bmp", "webp")[number % 3]
+        Image.new("RGB", (40 + number, 50)).save(tmp_path / f"{number:02}.{kind}")
+    (tmp_path / "05.webp").write_bytes(b"text")
+    source, taken = open_source(str(tmp_path), cache="none"), []
+
+    def noted(pixels: Pixels, *others: Any) -> list[Tensor]:
+        taken.append(len(pixels.flat_P3))
+        return device_crops(pixels, *others)
+
+    monkeypatch.setattr(module, "device_crops", noted)
+    monkeypatch.setattr(module, "_PIXELS_AT_ONCE", 3 * 50 * 52)
+    batches(Loader(source, CROP, batch_size=12, decode=DeviceDecode(source, by_cpu, CPU)), 0)
+    assert max(taken) <= 3 * 50 * 52 and len(taken) <= 6
+    raw = RawDataset(source).__getitems__([(0, i) for i in (4, 5, 0)])
+    assert raw.areas.tolist() == [44 * 50, 0, 40 * 50] and not raw.suits.any()
+
+
+def test_images_that_are_no_jpegs_are_told(tree: Path, mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        DeviceDecode(open_source(str(mixed), cache="none"), by_cpu, CPU)
+        assert not caplog.messages
+        DeviceDecode(open_source(str(tree), cache="none"), by_cpu, CPU)
+    (message,) = caplog.messages
+    assert message.startswith("--decode gpu: none of 8 images looked at is a JPEG that a GPU decodes, first ")
+    assert "0.png; the main process decodes them one by one: leave --decode away" in message
+
+
+def test_what_would_be_faster(tree: Path) -> None:
+    source = open_source(str(tree), cache="none")
+    told = Loader(source, CROP, batch_size=4, decode=DeviceDecode(source, by_cpu, CPU)).faster()
+    assert "pack smaller images" in told and "leave --decode away" in told and "raise --workers" not in told
+
+
 def test_packed_images_and_classes(tree: Path, tmp_path: Path) -> None:
     pack(tree, tmp_path / "packed", PackOptions(workers=1))
     names = tmp_path / "names.txt"
@@ -154,11 +223,21 @@ def test_nvjpeg_sees_the_same_picture(tmp_path: Path) -> None:
     (ours,) = batches(Loader(source, CROP, batch_size=8, decode=maker), 0)
     (expected,) = batches(Loader(source, CROP, batch_size=8), 0)
     assert maker.fallbacks == 0 and torch.equal(ours.index, expected.index)
+    assert_alike(ours, expected)
+    for kept in (0.1, 0.5, 0.98):
+        for number in range(8):
+            Image.fromarray(np.roll(smooth, 20 * number, axis=1)).save(tmp_path / f"{number}.jpg", quality=95)
+        whole = (tmp_path / "3.jpg").read_bytes()
+        (tmp_path / "3.jpg").write_bytes(whole[: int(kept * len(whole))])
+        maker.fallbacks = 0
+        (ours,) = batches(Loader(source, CROP, batch_size=8, decode=maker), 0)
+        (expected,) = batches(Loader(source, CROP, batch_size=8), 0)
+        assert maker.fallbacks == 1 and ours.bad == expected.bad and [i for i, _ in ours.bad] == [3]
+        assert_alike(ours, expected)
+
+
+def assert_alike(ours: Batch, expected: Batch) -> None:
+    """Crops of two decoders: chroma is interpolated differently."""
     for a, b in zip(ours.crops, expected.crops, strict=True):
         gap = (a.cpu().int() - b.int()).abs().float()
-        assert a.is_cuda and gap.mean() < 1.5 and gap.max() < 40  # chroma is interpolated differently
-    damaged = io.BytesIO()
-    Image.new("RGB", (50, 40)).save(damaged, "JPEG")
-    (tmp_path / "3.jpg").write_bytes(damaged.getvalue()[:200])
-    (again,) = batches(Loader(source, CROP, batch_size=8, decode=maker), 0)
-    assert again.crops[0].shape == (8, 3, 24, 24)
+        assert a.is_cuda and gap.mean() < 1.5 and gap.max() < 40

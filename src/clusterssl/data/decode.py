@@ -7,6 +7,7 @@ published systems and in every loader derived from torchvision's ImageFolder.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
@@ -96,6 +97,17 @@ def jpeg_frame(data: NDArray[np.uint8]) -> tuple[int, int, int, int] | None:
         else:
             at += 2 + (view[at + 2] << 8 | view[at + 3])
     return None
+
+
+def pixel_count(data: NDArray[np.uint8]) -> int:
+    """Pixels that the header of an image file, of any format, announces; 0: none, or more than are decoded."""
+    height, width = (jpeg_frame(data) or (0, 0))[:2]
+    if height * width == 0:
+        with contextlib.suppress(Exception), warnings.catch_warnings():  # as in _decode_with_pil
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data.tobytes())) as image:
+                height, width = image.height, image.width
+    return height * width if height * width <= MAX_PIXELS else 0
 
 
 def _check_size(height: int, width: int) -> None:

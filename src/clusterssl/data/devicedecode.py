@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clusterssl.data.dataset import Batch, Key, load_or_neighbour, shared_bytes
-from clusterssl.data.decode import MAX_PIXELS, BadImageError, decode, jpeg_frame
+from clusterssl.data.decode import BadImageError, decode, jpeg_frame, pixel_count
 from clusterssl.data.devicecrops import Pixels, device_crops
 from clusterssl.data.multicrop import MultiCrop
 from clusterssl.data.source import Source
@@ -31,6 +31,12 @@ Decoder = Callable[[list[Tensor]], list[Tensor]]
 """JPEG files, uint8 [n] on the CPU, to images uint8 [3, H, W] on one device; RuntimeError where it cannot read one"""
 
 _PIXELS_AT_ONCE = 2**26
+_AREA_UNKNOWN = 2**20
+"""pixels that the neighbour of an unreadable image is taken to have"""
+_END_OF_IMAGE = b"\xff\xd9"
+_TAIL_BYTES = 64
+"""where a JPEG's end marker may lie, as some writers pad their files"""
+_PROBES = 8
 _DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 """those that say nothing about an image; older torch knows the second as a RuntimeError only"""
 
@@ -44,7 +50,9 @@ class Raw(NamedTuple):
     keys: NDArray[np.int64]
     """[B, 2] epoch, dataset position"""
     areas: NDArray[np.int64]
-    """[B] pixels of those that a decoder of JPEGs may read; 0: others, or unreadable"""
+    """[B] pixels, by the header; 0: unreadable"""
+    suits: NDArray[np.bool_]
+    """[B] whether a decoder of JPEGs may read it"""
 
     def file(self, row: int) -> Tensor:
         """Bytes of one file; none if it could not be read."""
@@ -69,7 +77,8 @@ class RawDataset(Dataset[Raw]):
         ends = np.cumsum([len(file) for file in files])
         buffer = shared_bytes(int(ends[-1]))
         np.concatenate(files, out=buffer.numpy())
-        return Raw(buffer, ends, np.asarray(keys, dtype=np.int64), np.array([_area(file) for file in files]))
+        areas, suits = np.array([pixel_count(file) for file in files]), np.array([_suits(file) for file in files])
+        return Raw(buffer, ends, np.asarray(keys, dtype=np.int64), areas, suits & (areas > 0))
 
     def _read(self, i: int) -> NDArray[np.uint8]:
         try:
@@ -78,9 +87,10 @@ class RawDataset(Dataset[Raw]):
             return np.empty(0, dtype=np.uint8)
 
 
-def _area(file: NDArray[np.uint8]) -> int:
-    height, width, components, bits = jpeg_frame(file) or (0, 0, 0, 0)
-    return height * width if components in (1, 3) and bits == 8 and height * width <= MAX_PIXELS else 0
+def _suits(file: NDArray[np.uint8]) -> bool:
+    """Whether it is a whole JPEG, grey or of three colours; of a truncated one a GPU's decoder may make a picture."""
+    _, _, components, bits = jpeg_frame(file) or (0, 0, 0, 0)
+    return components in (1, 3) and bits == 8 and _END_OF_IMAGE in file[-_TAIL_BYTES:].tobytes()
 
 
 @dataclass
@@ -92,6 +102,18 @@ class DeviceDecode:
     device: torch.device
     fallbacks: int = field(default=0, init=False)
     """images that the decoder did not read"""
+
+    def __post_init__(self) -> None:
+        """Warns where the images seem to be no JPEGs."""
+        if not hasattr(self.source, "read"):
+            return
+        looked_at = np.unique(np.linspace(0, len(self.source) - 1, _PROBES).astype(np.int64)).tolist()
+        if not RawDataset(self.source).__getitems__([(0, i) for i in looked_at]).suits.any():
+            logger.warning(
+                "--decode gpu: none of %d images looked at is a JPEG that a GPU decodes, first %s; the main process "
+                "decodes them one by one: leave --decode away",
+                len(looked_at), self.source.name(0),
+            )  # fmt: skip
 
     def batch(self, raw: Raw, multicrop: MultiCrop, seed: int) -> Batch:
         """What `MultiCropDataset` makes of the same keys, its crops on the device."""
@@ -112,7 +134,7 @@ class DeviceDecode:
     def _images(self, raw: Raw, rows: slice) -> tuple[list[Tensor], list[tuple[int, str]]]:
         """Images of some rows on the device, and unreadable ones met."""
         places = range(len(raw.keys))[rows]
-        wanted = [row for row in places if raw.areas[row]]
+        wanted = [row for row in places if raw.suits[row]]
         decoded = dict(zip(wanted, self._decoded([raw.file(row) for row in wanted]), strict=True))
         images: list[Tensor] = []
         bad: list[tuple[int, str]] = []
@@ -151,7 +173,7 @@ class DeviceDecode:
 def _portions(areas_B: NDArray[np.int64]) -> Iterator[slice]:
     """Rows that together have not too many pixels."""
     first, total = 0, 0
-    for row, area in enumerate(areas_B.tolist()):
+    for row, area in enumerate(np.where(areas_B > 0, areas_B, _AREA_UNKNOWN).tolist()):
         if total + area > _PIXELS_AT_ONCE and row > first:
             yield slice(first, row)
             first, total = row, 0

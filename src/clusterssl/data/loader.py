@@ -205,6 +205,11 @@ class Loader:
         """Which flag would make loading faster, in one line."""
         if self.resident is not None:
             return "the crops are cut on the training device: take fewer or smaller ones (--nmb_crops, --size_crops)"
+        if self.decode is not None:
+            return (
+                "--decode gpu decodes and crops between the steps: pack smaller images (python -m clusterssl.data.pack "
+                "SRC DST --short_side 256), or leave --decode away, so that the --workers do that"
+            )
         ranks = dist.local_size()
         cores = os.cpu_count() or 1
         if self.workers < cores // ranks:

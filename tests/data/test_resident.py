@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ def assert_same(ours: list[Batch], expected: list[Batch]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_the_folder(held: Held, workers: int, tree: Path) -> None:
+def test_batches_are_those_of_the_folder(held: Held, workers: int, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE_BYTES", 10_000)
     for number in (1, 2):
         (tree / "dog" / "small" / f"{number}.png").write_bytes(b"broken")
     plain = open_source(str(tree), cache="none")
@@ -95,11 +97,65 @@ def test_the_global_generator_is_left_alone(held: Held) -> None:
 def test_too_little_room_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_free_bytes", lambda device: 3 * 32 * 32 * 100 / module.USABLE)
     reside(open_source("digits", limit=100), CPU)
-    with pytest.raises(
-        UserError, match=r"--cache device: the first 128 of 200 images .* of what is free on cpu"
-    ) as told:
+    monkeypatch.setattr(module, "_PIECE_BYTES", 3 * 32 * 32 * 64)
+    with pytest.raises(UserError, match=r"--cache device: 128 of 200 images .* of what is free on cpu") as told:
         reside(open_source("digits", limit=200), CPU)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pieces_are_bounded_by_bytes_and_take_no_shared_memory(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = 3 * 32 * 32
+    monkeypatch.setattr(module, "_PIECE_BYTES", 7 * image)
+    monkeypatch.setattr(module, "_PIECE_IMAGES", 100)
+    source = open_source("digits", limit=40)
+    pieces = list(module._pieces(source, workers))
+    assert [piece.flat_P3.nbytes // image for piece in pieces] == ([7] * 4 + [6] * 2 if workers else [7] * 5 + [5])
+    assert all(type(piece.flat_P3) is np.ndarray for piece in pieces)  # tensors of workers would lie in /dev/shm
+    assert sorted(i for piece in pieces for i in piece.positions) == list(range(40))
+    monkeypatch.setattr(module, "_PIECE_IMAGES", 3)
+    assert all(len(piece.positions) <= 3 for piece in module._pieces(source, workers))
+
+
+def test_no_piece_stays_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+    original = module._pieces
+
+    def watched(source: Source, workers: int) -> Iterator[module._Piece]:
+        for piece in original(source, workers):
+            arrays.append(weakref.ref(piece.flat_P3))
+            yield piece
+            del piece
+            alive.append(sum(array() is not None for array in arrays))
+
+    monkeypatch.setattr(module, "_pieces", watched)
+    monkeypatch.setattr(module, "_PIECE_BYTES", 3 * 32 * 32 * 10)
+    there = reside(open_source("digits", limit=100), torch.device("meta"))  # which keeps no bytes
+    assert there.pixels.flat_P3.shape == (100 * 32 * 32, 3)
+    assert len(alive) == 10 and max(alive) <= 1
+
+
+def test_workers_that_hold_too_much_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_bytes", lambda: 8.0 * module._IN_FLIGHT * 3 * 32 * 32 * 25)
+    monkeypatch.setattr(module, "_PIECE_IMAGES", 25)
+    monkeypatch.setattr(module, "_free_bytes", lambda device: 1e12)
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    source = open_source("digits", limit=100)
+    for workers in (0, 1):
+        reside(source, CPU, workers)
+    with pytest.raises(UserError, match=r"--cache device: 2 --workers of each of 8 ranks .* lower --workers"):
+        reside(source, CPU, workers=2)
+
+
+def test_a_device_that_is_full_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "_pieces", full)
+    with pytest.raises(UserError, match=r"--cache device: the memory of cpu ran out .* leave --cache away"):
+        reside(open_source("digits", limit=10), CPU)
 
 
 def test_no_readable_image_is_refused(tmp_path: Path) -> None:

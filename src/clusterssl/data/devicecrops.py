@@ -40,13 +40,8 @@ class Pixels:
         """Images uint8 [3, H, W] of one device."""
         flat_P3 = torch.cat([image.permute(1, 2, 0).reshape(-1, 3) for image in images])
         shapes = np.array([image.shape[1:] for image in images], dtype=np.int64)
-        return cls.laid(flat_P3, shapes[:, 0], shapes[:, 1])
-
-    @classmethod
-    def laid(cls, flat_P3: Tensor, height_N: NDArray[np.int64], width_N: NDArray[np.int64]) -> Pixels:
-        """Images of these sizes that follow one another."""
-        ends = np.cumsum(height_N * width_N)
-        return cls(flat_P3, height_N, width_N, np.r_[0, ends[:-1]])
+        areas = shapes.prod(axis=1)
+        return cls(flat_P3, shapes[:, 0], shapes[:, 1], np.cumsum(areas) - areas)
 
     def image(self, i: int) -> Tensor:
         """Image i, uint8 [3, H, W]; a view."""

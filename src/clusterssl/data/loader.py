@@ -69,6 +69,11 @@ def _obey_parent() -> None:
 class Failure(str):
     """Message of a UserError on its way out of a worker, where an exception would arrive with its whole trace."""
 
+    @staticmethod
+    def of(error: UserError) -> Failure:
+        """What `checked` raises it from."""
+        return (FailureOutOfReach if isinstance(error, DataGone) else Failure)(error)
+
 
 class FailureOutOfReach(Failure):
     """That of a DataGone."""
@@ -86,10 +91,8 @@ class Guarded(Dataset[Any]):
     def __getitems__(self, keys: Sequence[Any]) -> Any:
         try:
             return self.dataset.__getitems__(keys)
-        except DataGone as error:
-            return FailureOutOfReach(error)
         except UserError as error:
-            return Failure(error)
+            return Failure.of(error)
 
 
 def same(item: Any) -> Any:

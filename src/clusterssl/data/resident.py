@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clusterssl import dist, pulse
 from clusterssl.data.cache import available_bytes
 from clusterssl.data.dataset import Batch, Key, MultiCropDataset, load_or_neighbour
 from clusterssl.data.decode import BadImageError
 from clusterssl.data.devicecrops import Pixels, device_crops
-from clusterssl.data.loader import Guarded, checked, quiet_worker, same
+from clusterssl.data.loader import Failure, checked, quiet_worker, same
 from clusterssl.data.multicrop import MultiCrop
 from clusterssl.data.source import Source
 from clusterssl.errors import UserError
@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 USABLE = 0.4
 """share of the device's free memory that the images may take"""
-_AT_ONCE = 64
+_PIECE_BYTES, _PIECE_IMAGES = 2**24, 256  # whichever comes first; the last image may exceed the bytes
+_IN_FLIGHT = 5
+"""pieces a worker holds: two that wait, the one it decodes, and copies on their way"""
+_REMEDY = "leave --cache away, or pack smaller images (python -m clusterssl.data.pack SRC DST --short_side 160)"
 
 
 class Resident:
@@ -81,31 +84,50 @@ class Resident:
 
 
 class _Piece(NamedTuple):
-    """Some images one after the other."""
+    """Some images one after the other; no tensors, as those of workers take /dev/shm, which may be small."""
 
-    flat_P3: Tensor
+    positions: list[int]
+    flat_P3: NDArray[np.uint8]
     sizes: NDArray[np.int64]
     """[n, 2] heights and widths"""
     reasons: dict[int, str]
 
+    @classmethod
+    def of(cls, images: dict[int, Tensor], reasons: dict[int, str]) -> _Piece:
+        """Images uint8 [3, H, W] by position."""
+        flat_P3 = np.concatenate([image.permute(1, 2, 0).reshape(-1, 3).numpy() for image in images.values()])
+        return cls(list(images), flat_P3, np.array([image.shape[1:] for image in images.values()]), reasons)
 
-class _Decoded(Dataset[Any]):
+
+class _Decoded(IterableDataset[Any]):
+    """Pieces of the images of one worker; `Failure` of its UserErrors."""
+
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        positions = range(len(self.source))
+        try:
+            yield from self._pieces(positions[worker.id :: worker.num_workers] if worker else positions)
+        except UserError as error:
+            yield Failure.of(error)
 
-    def __getitems__(self, positions: Sequence[int]) -> _Piece:
-        images, reasons = [], {}
+    def _pieces(self, positions: Sequence[int]) -> Iterator[_Piece]:
+        images: dict[int, Tensor] = {}
+        reasons: dict[int, str] = {}
+        taken = 0
         for i in positions:
             try:
-                images.append(self.source.load(i))
+                images[i] = self.source.load(i)
             except BadImageError as error:
-                reasons[i] = str(error)
-                images.append(torch.empty(3, 0, 0, dtype=torch.uint8))
-        pixels = Pixels.of(images)
-        return _Piece(pixels.flat_P3, np.stack([pixels.height_N, pixels.width_N], axis=-1), reasons)
+                reasons[i], images[i] = str(error), torch.empty(3, 0, 0, dtype=torch.uint8)
+            taken += images[i].numel()
+            if taken >= _PIECE_BYTES or len(images) >= _PIECE_IMAGES:
+                yield _Piece.of(images, reasons)
+                images, reasons, taken = {}, {}, 0
+        if images:
+            yield _Piece.of(images, reasons)
 
 
 def reside(source: Source, device: torch.device, workers: int = 0) -> Resident:
@@ -117,7 +139,8 @@ def reside(source: Source, device: torch.device, workers: int = 0) -> Resident:
         workers: processes that decode; 0: this one.
 
     Raises:
-        UserError: they take more than `USABLE` of the device's free memory, on any rank; or none can be read.
+        UserError: they take more than `USABLE` of the device's free memory, or more of the host's than is free on
+            their way there, on any rank; or none can be read.
         DataGone: they are out of reach.
     """
     problem, found, began = None, None, time.monotonic()
@@ -125,6 +148,8 @@ def reside(source: Source, device: torch.device, workers: int = 0) -> Resident:
         found = _read(source, device, workers)
     except UserError as error:
         problem = error
+    except (torch.OutOfMemoryError, MemoryError):
+        problem = UserError(f"--cache device: the memory of {device} ran out while images were read; {_REMEDY}")
     dist.raise_together(problem)
     assert found is not None
     size, seconds = found.pixels.flat_P3.numel() / 2**20, time.monotonic() - began
@@ -134,40 +159,52 @@ def reside(source: Source, device: torch.device, workers: int = 0) -> Resident:
 
 def _read(source: Source, device: torch.device, workers: int) -> Resident:
     room = USABLE * _free_bytes(device)
-    pieces: list[_Piece] = []
-    taken = count = 0
+    height_N, width_N, start_N = np.zeros((3, len(source)), dtype=np.int64)
+    parts: list[Tensor] = []
+    reasons: dict[int, str] = {}
+    taken = count = largest = 0
     for piece in _pieces(source, workers):
-        pieces.append(piece)
-        taken, count = taken + piece.flat_P3.numel(), count + len(piece.sizes)
+        height_N[piece.positions], width_N[piece.positions] = piece.sizes.T
+        areas = piece.sizes.prod(axis=1)
+        start_N[piece.positions] = taken // 3 + np.cumsum(areas) - areas
+        taken, count, largest = taken + piece.flat_P3.size, count + len(areas), max(largest, piece.flat_P3.size)
+        reasons |= piece.reasons
         pulse.beat(f"{count} of {len(source)} images read for --cache device")
         if taken > room:
             raise UserError(
-                f"--cache device: the first {count} of {len(source)} images take {taken / 2**30:.2f} GiB, and "
-                f"{room / 2**30:.2f} GiB ({USABLE:.0%} of what is free on {device}) may be used; leave --cache away, "
-                "or pack smaller images (python -m clusterssl.data.pack SRC DST --short_side 160)"
+                f"--cache device: {count} of {len(source)} images take {taken / 2**30:.2f} GiB, and "
+                f"{room / 2**30:.2f} GiB ({USABLE:.0%} of what is free on {device}) may be used; {_REMEDY}"
             )
-    height_N, width_N = np.concatenate([piece.sizes for piece in pieces]).T.copy()
-    reasons = {i: reason for piece in pieces for i, reason in piece.reasons.items()}
-    flat_P3 = torch.empty(taken // 3, 3, dtype=torch.uint8, device=device)
-    at = 0
-    for piece in pieces:
-        flat_P3[at : at + len(piece.flat_P3)] = piece.flat_P3
-        at += len(piece.flat_P3)
-    return Resident(source, Pixels.laid(flat_P3, height_N, width_N), reasons)
+        _check_host(largest, workers)
+        parts.append(torch.from_numpy(piece.flat_P3).to(device))
+    flat_P3 = torch.cat(parts)
+    parts.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Resident(source, Pixels(flat_P3, height_N, width_N, start_N), reasons)
 
 
 def _pieces(source: Source, workers: int) -> Iterator[_Piece]:
-    positions = range(len(source))
     loader: DataLoader[Any] = DataLoader(
-        Guarded(_Decoded(source)),
-        batch_sampler=[list(positions[at : at + _AT_ONCE]) for at in positions[::_AT_ONCE]],
+        _Decoded(source),
+        batch_size=None,
         collate_fn=same,
         num_workers=workers,
         worker_init_fn=quiet_worker,
         generator=torch.Generator(),
     )
-    for piece in checked(loader):
-        yield piece._replace(flat_P3=piece.flat_P3.clone())  # shared memory is scarce
+    return checked(loader)
+
+
+def _check_host(largest: int, workers: int) -> None:
+    """Refuses workers that may hold more on its way to the device than this rank's share of the host's free memory."""
+    ranks = dist.local_size()
+    wanted, free = _IN_FLIGHT * workers * largest, available_bytes() / ranks
+    if wanted > free:
+        raise UserError(
+            f"--cache device: {workers} --workers of each of {ranks} ranks on this machine hold {wanted / 2**30:.2f} "
+            f"GiB a rank on its way to the device, and {free / 2**30:.2f} GiB a rank are free; lower --workers"
+        )
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -12,6 +12,7 @@ from clusterssl.data import devicecrops
 from clusterssl.data.boxes import Interpolation, resized_crop
 from clusterssl.data.devicecrops import Pixels, device_crops
 
+CPU = torch.device("cpu")
 SIZES = ((24, 24), (24, 24), (16, 40), (96, 7))
 
 
@@ -54,6 +55,32 @@ def test_bits_equal_torchs_resize(
         assert whole[view].dtype == torch.uint8
         assert torch.equal(whole[view], expected)
         assert torch.equal(pieces[view], expected)
+
+
+def test_one_large_box_does_not_split_the_others() -> None:
+    shapes = [(40, 50)] * 60 + [(1500, 1400)] + [(50, 40)] * 60
+    images = images_of(shapes)
+    rows, sizes = np.arange(len(images)), [(12, 10)] * 2
+    boxes_BV4 = np.array([[[0, 0, *shape]] * 2 for shape in shapes])
+    boxes_C4 = np.concatenate([boxes_BV4[:, view] for view in range(2)])
+    chunks = devicecrops._chunks(CPU, boxes_C4, sizes[0])
+    assert len(chunks) <= 4 and sorted(np.concatenate(chunks).tolist()) == list(range(len(boxes_C4)))
+    limit = devicecrops._CHUNK_ELEMENTS["cpu"]
+    for chunk in chunks:
+        high, wide = boxes_C4[chunk, 2:].max(axis=0)
+        assert len(chunk) == 1 or 3 * high * (wide + 2 * 10) * len(chunk) <= limit
+    crops = device_crops(Pixels.of(images), rows, boxes_BV4, sizes)
+    for view in range(2):
+        expected = torch.stack(
+            [resized_crop(image, box, (12, 10)) for image, box in zip(images, boxes_BV4[:, view], strict=True)]
+        )
+        assert torch.equal(crops[view], expected)
+
+
+def test_few_boxes_keep_their_order() -> None:
+    boxes_C4 = np.array([[0, 0, 3 + i % 7, 9] for i in range(20)])
+    (chunk,) = devicecrops._chunks(CPU, boxes_C4, (8, 8))
+    assert chunk.tolist() == list(range(20))
 
 
 class Products(TorchDispatchMode):

@@ -8,7 +8,7 @@ Suffixes: N images, P pixels of all, B rows of a batch, V views, C crops, H x W 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -76,17 +76,31 @@ def device_crops(
         boxes_C4 = np.concatenate([boxes_BV4[:, view] for view in group])
         places_C6 = np.concatenate([np.tile(images_B2, (len(group), 1)), boxes_C4], axis=1)
         chunks = _chunks(pixels.flat_P3.device, boxes_C4, size)
-        crops = [_crops(pixels.flat_P3, places_C6[some], size, interpolation) for some in chunks]
-        out += (crops[0] if len(crops) == 1 else torch.cat(crops)).split(len(rows_B))
+        parts = [_crops(pixels.flat_P3, places_C6[some], size, interpolation) for some in chunks]
+        crops = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(chunks) > 1:
+            crops = crops[to_device(np.concatenate(chunks).argsort(), crops.device)]
+        out += crops.split(len(rows_B))
     return out
 
 
-def _chunks(device: torch.device, boxes_C4: NDArray[np.int64], size: tuple[int, int]) -> Iterator[slice]:
-    high, wide = boxes_C4[:, 2:].max(axis=0)
+def _chunks(device: torch.device, boxes_C4: NDArray[np.int64], size: tuple[int, int]) -> list[NDArray[np.int64]]:
+    """Rows that are cut at once: all in their order if they fit; else from small to large, as many as fit."""
     limit = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["other"])
-    rows = max(1, limit // (3 * int(high) * (int(wide) + 2 * size[1])))
-    for start in range(0, len(boxes_C4), rows):
-        yield slice(start, start + rows)
+
+    def elements(count: int, high: int, wide: int) -> int:
+        return count * 3 * high * (wide + 2 * size[1])
+
+    if elements(len(boxes_C4), *boxes_C4[:, 2:].max(axis=0).tolist()) <= limit:
+        return [np.arange(len(boxes_C4))]
+    order = boxes_C4[:, 2:].prod(axis=1).argsort(kind="stable")
+    cuts, first, high, wide = [], 0, 0, 0
+    for place, (h, w) in enumerate(boxes_C4[order, 2:].tolist()):
+        high, wide = max(high, h), max(wide, w)
+        if place > first and elements(place + 1 - first, high, wide) > limit:
+            cuts.append(place)
+            first, high, wide = place, h, w
+    return np.split(order, cuts)
 
 
 def _crops(flat_P3: Tensor, places_C6: NDArray[np.int64], size: tuple[int, int], how: Interpolation) -> Tensor:

@@ -66,3 +66,22 @@ def test_numbers_and_graphs(compiler: None) -> None:
             assert a.is_contiguous(memory_format=torch.channels_last)
     assert counters["stats"]["unique_graphs"] == len(SIZES)
     assert not counters["graph_break"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_numbers_and_graphs_on_a_gpu() -> None:
+    require_compiler(torch.device("cuda"))
+    torch._dynamo.reset()
+    counters.clear()
+    fused, eager = Augment().fuse(torch.channels_last).cuda(), Augment().cuda()
+    strong = {"color_jitter_p": 1.0, "gray_p": 0.5, "blur_p": 1.0, "solarize_p": 0.5}
+    for crops, params in [case(rows, rows) for rows in (6, 64, 1, 2, 3)] + [case(12, 1, **strong)]:
+        there = [crop.cuda() for crop in crops]
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            ours = fused(there, params)
+        assert all(x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) for x in ours)
+        for expected in (eager(there, params), eager(crops, params)):
+            assert difference([x.cpu() for x in ours], [x.cpu() for x in expected], params) < 1e-4
+    assert counters["stats"]["unique_graphs"] == len(SIZES)
+    assert not counters["graph_break"]

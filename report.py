@@ -50,16 +50,24 @@ def main() -> None:
     parser.add_argument("--title", default="", help="heading of the page (default: the names of the runs)")
     parser.add_argument("--no-gallery", action="store_true", help="leave out what needs the checkpoint and the images")
     parser.add_argument("--watch", action="store_true", help="serve the growing page to this machine, until Ctrl-C")
-    parser.add_argument("--port", type=int, default=0, help="of --watch (default: any that is free)")
+    parser.add_argument(
+        "--port",
+        type=int,
+        choices=range(65536),
+        metavar="PORT",
+        default=0,
+        help="of --watch (default: any that is free)",
+    )
     given = parser.parse_args()
     if given.watch:
         with server(given.runs, given.port) as serving:
             print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)
             serving.serve_forever()
+    runs = [read_run(path) for path in given.runs]  # before the network is imported for one that is none
     out = given.out or given.runs[0] / "report.html"
     galleries = [] if given.no_gallery else clusters_of(given.runs)
     write_report(given.runs, out, title=given.title, galleries=galleries)
-    for run in map(read_run, given.runs):
+    for run in runs:
         print(state(run, time.time()))
     print(out)
 

@@ -69,7 +69,8 @@ def test_a_page_that_takes_too_long_is_left(
     closing.close_with_page(run)
     assert time.monotonic() - began < 10 and not processes(run)
     assert [record.getMessage() for record in caplog.records] == [
-        f"the report was left unfinished (after 1 s); python report.py {run} makes it again"
+        f"writing {run / 'report.html'}; Ctrl-C leaves it out",
+        f"the report was left unfinished (after 1 s); python report.py {run} makes it again",
     ]
 
 

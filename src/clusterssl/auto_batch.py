@@ -168,8 +168,8 @@ def with_batch(
         )
     chosen, factor = scaled(config, batch, world.size), _factor(optim, batch)
     bounded = batch == choices(most)[-1]
-    _tell(config, chosen, factor, f"an epoch keeps {FEWEST_STEPS} steps" if bounded else
-          f"the largest within {limit / 1e9:.2f} GB")  # fmt: skip
+    why = f"so that an epoch keeps {FEWEST_STEPS} steps; memory would allow more"
+    _tell(config, chosen, factor, why if bounded else f"the largest within {limit / 1e9:.2f} GB")
     return chosen, {FACTOR: factor}
 
 

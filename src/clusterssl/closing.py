@@ -55,6 +55,7 @@ def close_with_page(folder: Path) -> None:
 
 def _make(folder: Path) -> str:
     """What went wrong, in words, or nothing."""
+    logger.info("writing %s; Ctrl-C leaves it out", folder / PAGE)
     words = [sys.executable, "-m", "clusterssl.closing", str(folder), str(os.getpid())]
     end = time.monotonic() + LIMIT_S
     with StopRequest() as request, tempfile.TemporaryFile() as said:

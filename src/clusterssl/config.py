@@ -243,7 +243,8 @@ def command(script: str, config: Any, base: Any) -> str:
     words = ["python", script]
     for flag in flags(config):
         if flag.default != defaults[flag.name]:
-            words += [f"--{flag.name}", *shlex.split(_shown(flag.default))]
+            many = isinstance(flag.default, tuple) and not isinstance(flag.default, Size)
+            words += [f"--{flag.name}", *(map(_shown, flag.default) if many else [_shown(flag.default)])]
     return shlex.join(words)
 
 

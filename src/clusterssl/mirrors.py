@@ -177,7 +177,12 @@ class _Wandb:
         import wandb
 
         # An exit must not wait for a network for ever, and a kill must not take much along.
-        wanted = {"console": "off", "finish_timeout": _CLOSING_S, "x_transaction_log_flush_interval": 1.0}
+        wanted = {
+            "console": "off",
+            "finish_timeout": _CLOSING_S,
+            "x_transaction_log_flush_interval": 1.0,
+            "silent": True,
+        }
         known = wandb.Settings()
         self._run = wandb.init(
             id=_kept_id(folder / "wandb.id"), resume="allow", dir=str(folder), config=about,
@@ -188,6 +193,7 @@ class _Wandb:
         # wandb never goes back: what an earlier start sent is left out, which offline only metrics.jsonl knows.
         self._sent = _highest_step(folder / "metrics.jsonl") if self._run.offline else self._run.step - 1
         self._histogram = wandb.Histogram
+        logger.info("--wandb: %s", self._run.url or self._run.dir)
 
     def write(self, entry: Entry) -> None:
         if entry.step > self._sent:

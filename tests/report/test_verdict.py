@@ -59,7 +59,19 @@ def test_without_a_fall_of_the_loss_its_own_remark_has_the_remedy() -> None:
 def test_far_above_ln_k_is_divergence() -> None:
     kind, text = falling([23.4, *[9.0] * 20], end=2.4)[0]
     assert kind == "bad" and "it diverged" in text and "still at" not in text
-    assert "still at" in falling([23.4, *[9.0] * 20], end=1.2)[0][1]
+    near = falling([23.4, *[9.0] * 20], end=1.2)[0][1]
+    assert "above ln K" in near and "it has not learned" in near
+    assert "still at ln K" in falling([23.4, *[9.0] * 20], end=1.0)[0][1]
+
+
+def test_a_short_run_is_judged_by_its_end_and_an_early_one_not_at_all() -> None:
+    steps = [{"step": at, "loss": loss, "ln_k": 4.0} for at, loss in ((10, 4.5), (20, 3.9), (30, 3.4))]
+    about = {"config": {"epochs": 3, "warmup_epochs": 1}, "facts": {"steps_per_epoch": 10}}
+    whole = verdict(RunRecord(Path("r"), "r", about=about, steps=steps))
+    assert whole[0].kind == "good" and "fell to 3.400" in whole[0].text
+    about["config"]["warmup_epochs"] = 2
+    begun = verdict(RunRecord(Path("r"), "r", about=about, steps=steps[:1]))
+    assert [remark.kind for remark in begun] == ["note", "note"] and "step 10 of 30" in begun[1].text
 
 
 def test_waiting_for_data_and_restarts_are_said() -> None:

@@ -194,6 +194,12 @@ def _evaluations(runs: Sequence[RunRecord]) -> list[Table]:
     return tables
 
 
+def _start(launch: dict[str, Any]) -> dict[str, Any]:
+    """A start of a run as one reads it: the beginning of its id, its time as a date."""
+    began = datetime.datetime.fromtimestamp(launch.get("time", 0), datetime.timezone.utc)
+    return {**launch, "id": str(launch.get("id", ""))[:8], "time": f"{began:%Y-%m-%d %H:%M:%S} UTC"}
+
+
 def _described(run: RunRecord) -> dict[str, Any]:
     """What the template shows of one run besides charts."""
     about = run.about
@@ -218,6 +224,6 @@ def _described(run: RunRecord) -> dict[str, Any]:
         "command": command,
         "config": config if isinstance(config, dict) else {},
         "environment": environment,
-        "launches": table_of("Starts", run.launches) if run.launches else None,
+        "launches": table_of("Starts", [_start(launch) for launch in run.launches]) if run.launches else None,
         "numbers": table_of("Some of the logged steps", sampled, leave_out=("time",)) if sampled else None,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clusterssl.report.records import RunRecord
-from clusterssl.report.verdict import verdict
+from clusterssl.report.verdict import planned_steps, verdict
 
 
 def state(run: RunRecord, now: float) -> str:
@@ -13,11 +13,9 @@ def state(run: RunRecord, now: float) -> str:
         run: as read from its directory.
         now: seconds since 1970.
     """
-    config, facts = run.about.get("config") or {}, run.about.get("facts") or {}
     if not run.steps:
         return f"{run.name}: begun, no step is logged yet"
-    step, per_epoch = int(run.steps[-1]["step"]), facts.get("steps_per_epoch")
-    total = int(per_epoch * config["epochs"]) if per_epoch and "epochs" in config else 0
+    step, total = int(run.steps[-1]["step"]), planned_steps(run)
     if total and step >= total:
         how = f"finished after {step} steps"
     else:

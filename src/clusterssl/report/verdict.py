@@ -19,6 +19,8 @@ NARROWED = 0.25
 FEW_DIRECTIONS = 0.1
 """directions for each prototype"""
 LONG_WAIT = 0.2
+EARLY = 0.1
+"""of a run, in which nothing is said of a loss that has not fallen"""
 
 
 class Remark(NamedTuple):
@@ -32,14 +34,30 @@ def verdict(run: RunRecord) -> list[Remark]:
     """Findings about the loss, the use of the prototypes, the features and the loader, the loss first."""
     if not run.steps:
         return [Remark("note", "No training step was logged yet.")]
-    remarks = [_loss(run), _prototypes(run), _features(run), _loader(run), _starts(run)]
+    remarks = [_loss(run), _prototypes(run), _features(run), _loader(run), _unfinished(run), _starts(run)]
     return [remark for remark in remarks if remark is not None]
 
 
 def _tail(run: RunRecord, key: str) -> float | None:
-    """Median of the last tenth of a curve (five values at least), so that one step decides nothing."""
+    """Median of the end of a curve, so that one step decides nothing: the last tenth, of a short one the last fifth."""
     values = run.curve(key)[1]
-    return median(values[-max(5, len(values) // 10) :]) if values else None
+    return median(values[-max(1, len(values) // 10, min(5, len(values) // 5)) :]) if values else None
+
+
+def planned_steps(run: RunRecord) -> int:
+    """Steps that the run shall have in all, 0 if unknown."""
+    config, facts = run.about.get("config") or {}, run.about.get("facts") or {}
+    per_epoch = facts.get("steps_per_epoch")
+    return int(per_epoch * config["epochs"]) if per_epoch and "epochs" in config else 0
+
+
+def _too_early(run: RunRecord) -> bool:
+    """Whether a run has not left its warm-up or its first tenth, and is to go on."""
+    total, step = planned_steps(run), int(run.steps[-1]["step"])
+    if not total or step >= total:
+        return False
+    config = run.about["config"]
+    return step < total * max(EARLY, config.get("warmup_epochs", 0) / config["epochs"])
 
 
 def _loss(run: RunRecord) -> Remark | None:
@@ -57,9 +75,13 @@ def _loss(run: RunRecord) -> Remark | None:
             "Try a lower --base_lr.",
         )
     if end > ln_k * (1 - NEAR_LN_K):
+        text = f"The loss is {end:.3f} after {run.steps[-1]['step']} steps, "
+        text += f"{'above' if end > ln_k * (1 + NEAR_LN_K) else 'still at'} {compared}"
+        if _too_early(run):
+            return Remark("note", f"{text}; this early it may be.")
         return Remark(
             "bad",
-            f"The loss is {end:.3f} after {run.steps[-1]['step']} steps, still at {compared}: it has not learned. "
+            f"{text}: it has not learned. "
             "Try a smaller --epsilon, a longer --freeze_prototypes_niters, another --base_lr.",
         )
     return Remark("good", f"The loss fell to {end:.3f}, {1 - end / ln_k:.0%} below {compared}.")
@@ -112,6 +134,11 @@ def _loader(run: RunRecord) -> Remark | None:
     if wait > LONG_WAIT:
         return Remark("note", text + ": more loader processes (--workers) or smaller images on disk would help.")
     return Remark("good", text + ".")
+
+
+def _unfinished(run: RunRecord) -> Remark | None:
+    total, step = planned_steps(run), int(run.steps[-1]["step"])
+    return Remark("note", f"The run is at step {step} of {total}.") if step < total else None
 
 
 def _starts(run: RunRecord) -> Remark | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from clusterssl.config import entry
+from clusterssl.errors import UserError
 from clusterssl.report.records import read_run
 from clusterssl.status import find_runs, status, table
 
@@ -23,7 +24,16 @@ def main() -> None:
     if not paths or {"-h", "--help"} & set(paths):
         print(__doc__)
         return
-    print(table([status(read_run(path), time.time()) for path in find_runs(paths)]))
+    rows, foreign = [], []
+    for path in find_runs(paths):
+        try:
+            rows.append(status(read_run(path), time.time()))
+        except UserError as error:
+            foreign.append(error)
+    if rows:
+        print(table(rows))
+    if foreign:
+        raise UserError("; ".join(map(str, foreign)))
 
 
 if __name__ == "__main__":

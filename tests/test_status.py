@@ -48,3 +48,11 @@ def test_a_real_run(tmp_path: Path) -> None:
     assert codes == [0], printed
     codes, printed = Launched("scripts/status.py", str(tmp_path / "r")).wait()
     assert codes == [0] and "24/24" in printed and "finished" in printed and "swav" in printed
+
+
+def test_a_foreign_folder_does_not_hide_the_others(tmp_path: Path) -> None:
+    written(tmp_path / "mine", 3)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "run.json").write_text("[1]")
+    codes, printed = Launched("scripts/status.py", str(tmp_path)).wait()
+    assert codes == [2] and "mine" in printed and "no run of ours was written here" in printed

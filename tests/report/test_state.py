@@ -40,3 +40,8 @@ def test_empty_and_foreign(tmp_path: Path) -> None:
         (tmp_path / "foreign" / name).touch()
     with pytest.raises(UserError, match=r"but a, b, c, d \.\.\., so no run of ours"):
         read_run(tmp_path / "foreign")
+    for name, text in (("run.json", "[1]"), ("metrics.jsonl", '{"a": 1}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(text)
+        with pytest.raises(UserError, match=f"of ours but {name}, so no run of ours"):
+            read_run(tmp_path / name)

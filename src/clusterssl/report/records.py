@@ -53,14 +53,13 @@ def read_run(path: Path) -> RunRecord:
     """Read a run directory.
 
     Raises:
-        UserError: no such directory, or one in which no run has written anything.
+        UserError: no such directory, or one in which no run of ours has written anything.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory; give a folder that a training wrote (--dump_path)")
-    metrics, about = path / "metrics.jsonl", read_json(path / "run.json")
-    if not about and not metrics.exists():
+    about, records = read_json(path / "run.json"), read_lines(path / "metrics.jsonl")
+    if not about and not any({"step", "epoch_end", "eval"} & record.keys() for record in records):
         raise UserError(f"{path}: {_no_run(path)}; check the path")
-    records = read_lines(metrics)
     ended = {record["epoch_end"]: record for record in records if is_number(record.get("epoch_end"))}
     steps = {
         record["step"]: record
@@ -84,7 +83,7 @@ def _no_run(folder: Path) -> str:
     if not inside:
         return "is empty, no run was written here"
     names = ", ".join(inside[:_SHOWN]) + (" ..." if len(inside) > _SHOWN else "")
-    return f"holds neither run.json nor metrics.jsonl but {names}, so no run of ours was written here"
+    return f"holds no run.json or metrics.jsonl of ours but {names}, so no run of ours was written here"
 
 
 def _evaluations(path: Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def expected(folder: Path, name: str, *, first: bool = False) -> dict[int, float
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     """What TensorBoard shows, by name and step; no step twice."""
-    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = reading.EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     found.Reload()
     events = {name: found.Scalars(name) for name in found.Tags()["scalars"]}
@@ -63,7 +63,7 @@ def killed_and_resumed(folder: Path, *flags: str, ranks: int = 1) -> list[int]:
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_tensorboard_shows_what_metrics_hold_after_a_kill(ranks: int, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="no tensorboard (pip install tensorboard)")
+    pytest.importorskip("tensorboard")
     killed_and_resumed(tmp_path, "--tensorboard", ranks=ranks)
     shown = scalars(tmp_path)
     for name in ("loss", "lr", "images_per_s", "data_wait", "perplexity", "rankme", "bad_images"):
@@ -79,7 +79,7 @@ def test_tensorboard_shows_what_metrics_hold_after_a_kill(ranks: int, tmp_path: 
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """The rows in wandb's offline files, in order of time; their frames are those of LevelDB's log."""
-    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="no wandb")
+    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     rows = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         data, at, text = path.read_bytes(), 7, b""
@@ -99,7 +99,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_wandb_continues_one_run_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="no wandb (pip install wandb)")
+    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     steps = killed_and_resumed(tmp_path, "--wandb")
     folders = sorted(path.name for path in tmp_path.glob("wandb/offline-run-*"))
@@ -146,7 +146,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_folder_that_vanishes_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("tensorboard", reason="no tensorboard (pip install tensorboard)")
+    pytest.importorskip("tensorboard")
     mirrors = Mirrors(tmp_path, ["tensorboard"])
     mirrors.start(0, {})
     mirrors.send({"epoch": 0, "step": 1, "loss": 0.5})
@@ -214,7 +214,7 @@ print("trained to the end")
 
 
 def test_the_death_of_wandbs_service_costs_one_warning(tmp_path: Path) -> None:
-    pytest.importorskip("wandb", reason="no wandb (pip install wandb)")
+    pytest.importorskip("wandb")
     env = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT / "src")}
     words = [sys.executable, "-c", KILLED, str(tmp_path)]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False)
@@ -225,7 +225,7 @@ def test_the_death_of_wandbs_service_costs_one_warning(tmp_path: Path) -> None:
 def test_a_mirror_that_cannot_begin_is_an_error_at_first_and_a_warning_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("tensorboard", reason="no tensorboard (pip install tensorboard)")
+    pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
     flags = [*FLAGS, "--epochs", "1", "--dump_path", str(tmp_path)]
     codes, printed = Launched("main_swav.py", *flags, "--tensorboard").wait()

@@ -9,7 +9,8 @@ machine's cores, so that more ranks than cores cannot be faster.
 
 Modelled: bytes and calls of every collective of one step, counted by running the script's own code for 64 ranks
 (`clusterssl.plan`; a rank's messages do not depend on their number), at the bandwidth and latency that the flags state,
-with nothing overlapping. "Own" is what the method adds to data-parallel training: neither gradients nor SyncBatchNorm.
+with nothing overlapping; small messages go along NCCL's trees: from GPU to GPU within a node, then from node to node.
+"Own" is what the method adds to data-parallel training, neither gradients nor SyncBatchNorm, and the step waits for it.
 Its share of the step is told where the time of a step is given, or follows from an assumed speed of the GPUs; never
 otherwise. Memory of the w5 network is counted in the same way.
 """
@@ -74,11 +75,14 @@ class Options:
     """of the ranks measured"""
     repeats: int = 3
     gpus: tuple[int, ...] = (8, 64, 512, 4096)
-    """in nodes of 8"""
+    """in nodes of `gpus_of_a_node`"""
+    gpus_of_a_node: int = 8
     bandwidth_gbps: float = 100.0
     """of a node's network in 10^9 bits/s"""
     latency_us: float = 20.0
-    """of one message in microseconds"""
+    """from one node to another in microseconds"""
+    local_latency_us: float = 2.0
+    """from one GPU of a node to the next in microseconds"""
     step_ms: tuple[str, ...] = ()
     """measured time of a step without communication, by method: swav=420"""
     assume_tflops: float = 0.0
@@ -137,14 +141,16 @@ def counted(name: str) -> tuple[list[Message], int]:
 
 def modelled(options: Options, name: str, messages: list[Message], flops: int, gpus: int) -> dict[str, Any]:
     """One step of a method on so many GPUs."""
-    found = shares(messages, gpus, Network(options.bandwidth_gbps, options.latency_us))
+    network = Network(options.bandwidth_gbps, options.latency_us, options.gpus_of_a_node, options.local_latency_us)
+    found = shares(messages, gpus, network)
     seconds, source = step_seconds(options, name, flops)
-    own, whole = (sum(s.seconds for s in found if s.own or every) for every in (False, True))
+    own, beside = (sum(s.seconds for s in found if s.own and s.waited == waited) for waited in (True, False))
+    whole = sum(s.seconds for s in found)
     share = None if seconds is None else own / (seconds + own)
     return {
-        "gpus": gpus, "own_ms": 1e3 * own, "all_ms": 1e3 * whole, "step_ms": seconds and 1e3 * seconds,
-        "step_from": source, "own_share": share, "teraflop_of_a_step": flops / 1e12,
-        "messages": [vars(s) for s in found],
+        "gpus": gpus, "own_ms": 1e3 * own, "own_beside_ms": 1e3 * beside, "all_ms": 1e3 * whole,
+        "step_ms": seconds and 1e3 * seconds, "step_from": source, "own_share": share,
+        "teraflop_of_a_step": flops / 1e12, "messages": [vars(s) for s in found],
     }  # fmt: skip
 
 
@@ -165,7 +171,8 @@ def main() -> None:
         result["measured"] = measured(options)
         for ranks, one in result["measured"].items():
             print(f"{ranks:>5} ranks  {one['median_images_per_s']:8.0f} images/s  {one['over_first']:.2f} x the first")
-    print(f"\nmodel: {options.bandwidth_gbps:g} Gb/s a node, {options.latency_us:g} us a message, nothing overlapped")
+    latency = f"{options.latency_us:g} us between nodes, {options.local_latency_us:g} us within"
+    print(f"\nmodel: {options.bandwidth_gbps:g} Gb/s a node, {latency}, nothing overlapped")
     result["model"] = {}
     for name in METHODS:
         messages, flops = counted(name)
@@ -175,7 +182,8 @@ def main() -> None:
             share = (
                 "unknown" if row["own_share"] is None else f"{100 * row['own_share']:.2f} % of {row['step_ms']:.0f} ms"
             )
-            print(f"{name:16} {row['gpus']:5} GPUs  own {row['own_ms']:8.2f} ms of {row['all_ms']:8.2f} ms  "
+            print(f"{name:16} {row['gpus']:5} GPUs  own {row['own_ms']:6.2f} ms, beside the step "
+                  f"{row['own_beside_ms']:4.2f}, all {row['all_ms']:8.2f} ms  "
                   f"share of the step: {share} ({row['step_from']})")  # fmt: skip
     result["w5"] = w5_memory(options.w5_batches)
     print("\nw5, 2 x 224 + 4 x 96, bf16, on one of 64 GPUs; without CUDA's context, workspaces and fragmentation")

@@ -73,7 +73,7 @@ def collectives(rank: int, world_size: int) -> dict:
         "mean": dist.all_reduce_(x.clone(), "mean"),
         "max": dist.all_reduce_(x.clone(), "max"),
         "rows": dist.all_gather_cat(torch.full((rank + 1, 2), rank)),
-        "equal rows": dist.all_gather_cat(torch.arange(6).view(2, 3).T + 10 * rank, equal=True),
+        "equal rows": dist.all_gather_later(torch.arange(6).view(2, 3).T + 10 * rank)(),
         "object": dist.broadcast_object(f"from {rank}"),
         "share": dist.share(10),
         "agreed": [*seen, agreement.finish()],

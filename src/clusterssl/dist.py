@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +22,6 @@ from clusterssl.files import first_line
 from clusterssl.rendezvous import Place, find_place, nodes, open_store, ranks_per_node
 from clusterssl.rollcall import Note, call_roll, describe
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GROUP_S = 10.0
@@ -167,25 +165,28 @@ def all_reduce_(x: Tensor, op: str = "sum") -> Tensor:
     return x.div_(size()) if op == "mean" else x
 
 
-def all_gather_cat(x: Tensor, *, equal: bool = False) -> Tensor:
-    """Concatenate the rows of all ranks in rank order.
-
-    Ranks may hold different numbers of rows, unless they promise `equal` ones: then nothing waits for the device.
-    """
+def all_gather_cat(x: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks in rank order; ranks may hold different numbers of them."""
     if size() == 1:
         return x
-    if equal:
-        rows = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size())]
-        torch_dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(size())]
-    torch_dist.all_gather(counts, torch.tensor([x.shape[0]], device=x.device))
-    numbers = [int(count) for count in counts]
-    padded = x.new_zeros((max(numbers), *x.shape[1:]))
-    padded[: x.shape[0]] = x
-    parts = [torch.empty_like(padded) for _ in numbers]
-    torch_dist.all_gather(parts, padded)
+    numbers: list[int] = all_gather_later(torch.tensor([x.shape[0]], device=x.device))().tolist()
+    padded = torch.cat([x, x.new_zeros(max(numbers) - len(x), *x.shape[1:])])
+    parts = all_gather_later(padded)().unflatten(0, (len(numbers), max(numbers)))
     return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
+
+
+def all_gather_later(x: Tensor) -> Callable[[], Tensor]:
+    """Begin to concatenate the rows of all ranks, equally many each; what is returned waits for them and gives them."""
+    if size() == 1:
+        return lambda: x
+    rows = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size())]
+    work = torch_dist.all_gather(rows, x.contiguous(), async_op=True)
+
+    def arrived() -> Tensor:
+        work.wait()
+        return torch.cat(rows)
+
+    return arrived
 
 
 def broadcast_(x: Tensor, src: int = 0) -> Tensor:
@@ -197,10 +198,9 @@ def broadcast_(x: Tensor, src: int = 0) -> Tensor:
 
 def broadcast_object(value: T, src: int = 0) -> T:
     """The small Python value that rank `src` holds."""
-    if size() == 1:
-        return value
     box: list[Any] = [value]
-    torch_dist.broadcast_object_list(box, src)
+    if size() > 1:
+        torch_dist.broadcast_object_list(box, src)
     return box[0]
 
 

@@ -68,6 +68,12 @@ def test_bytes_are_those_of_two_real_ranks(name: str, tmp_path: Path) -> None:
         assert size == pytest.approx(own[0], rel=0.01, abs=256)
 
 
+def test_embeddings_for_the_queue_are_one_message_that_nothing_waits_for() -> None:
+    sent = planned("selfclassifier", 2).rehearsed.messages
+    assert [message.kind for message in sent if not message.waited] == ["all-gather"]
+    assert [message.waited for message in sent if message.part == "neighbour_queue"] == [False]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_peak_of_a_step_is_that_of_a_real_one(name: str, tmp_path: Path) -> None:
     script, flags = METHODS[name]
@@ -91,6 +97,13 @@ def test_time_of_messages() -> None:
     assert network.seconds(spread, 4) == pytest.approx(0.1 + 2 * 10e-6)
     assert network.seconds(reduce._replace(ranks=2), 4) == pytest.approx(0.1 + 2 * 10e-6)
     assert network.seconds(reduce, 1) == 0
+    in_nodes = Network(bandwidth_gbps=80, latency_us=10, per_node=4, local_latency_us=1)
+    small = Message("x", "all-reduce", 0)
+    assert in_nodes.seconds(small, 16) == pytest.approx(2 * (3 * 1e-6 + 2 * 10e-6))  # three ranks down, two nodes up
+    assert in_nodes.seconds(small._replace(kind="broadcast"), 16) == pytest.approx(3 * 1e-6 + 2 * 10e-6)
+    assert in_nodes.seconds(small._replace(ranks=4), 16) == pytest.approx(2 * 3 * 1e-6)  # a group within a node
+    later = shares([gather, gather._replace(waited=False)], 4, network)
+    assert sorted((share.calls, share.waited) for share in later) == [(1, False), (1, True)]
     together = shares([reduce, reduce, gather._replace(part="gradients")], 4, network)
     assert [(share.calls, share.own) for share in together] == [(2, True), (1, False)][:: 1 if together[0].own else -1]
 

@@ -9,6 +9,7 @@ Shape suffixes: L places in the queue, B images of this rank, D feature dimensio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,37 +27,60 @@ class NeighbourQueue:
 
     def __init__(self, length: int, dim: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Make an empty queue of `length` rows of `dim` numbers on every rank."""
-        self.rows_LD = torch.zeros(length, dim, device=device, dtype=dtype)
-        self.index_L = torch.full((length,), _EMPTY, device=device, dtype=torch.int64)
+        self._rows_LD = torch.zeros(length, dim, device=device, dtype=dtype)
+        self._index_L = torch.full((length,), _EMPTY, device=device, dtype=torch.int64)
         self.pushed = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._coming: Callable[[], Tensor] | None = None
 
     @property
     def full(self) -> bool:
         """Whether every place has been filled at least once."""
-        return self.pushed >= len(self.rows_LD)
+        return self.pushed >= len(self._rows_LD)
+
+    @property
+    def rows_LD(self) -> Tensor:  # noqa: N802 - its shape
+        """Embeddings by place."""
+        self._arrive()
+        return self._rows_LD
+
+    @property
+    def index_L(self) -> Tensor:  # noqa: N802 - its shape
+        """Dataset positions by place, -1 where none is."""
+        self._arrive()
+        return self._index_L
 
     @torch.no_grad()
     def push(self, z_BD: Tensor, index_B: Tensor, *, more: bool = False) -> None:
         """Put in the embeddings of all ranks, in rank order, which is their order in the global batch.
+
+        They travel while the step goes on, and are in their places when the queue is next looked at.
 
         Args:
             z_BD: embeddings of this rank, as many as on the others.
             index_B: dataset positions of their images, int64.
             more: further micro-batches of this step follow; all of them enter with the last.
         """
-        self._waiting.append((z_BD.detach().to(self.rows_LD.dtype), index_B))
+        self._waiting.append((z_BD.detach().to(self._rows_LD.dtype), index_B))
         if more:
             return
-        parts = zip(*self._waiting, strict=True)
-        z_ND, index_N = (dist.all_gather_cat(torch.cat(part), equal=True) for part in parts)
+        self._arrive()
+        z_BD, index_B = (torch.cat(part) for part in zip(*self._waiting, strict=True))
         self._waiting = []
-        length, count = len(self.rows_LD), len(index_N)
+        # As bytes, so that numbers of two types are one message.
+        self._coming = dist.all_gather_later(torch.cat([_bytes(z_BD), _bytes(index_B[:, None])], dim=1))
+        self.pushed += dist.size() * len(index_B)
+
+    def _arrive(self) -> None:
+        """Put what was pushed last in its places."""
+        if self._coming is None:
+            return
+        bytes_NC, self._coming = self._coming(), None
+        length, count, width = len(self._rows_LD), len(bytes_NC), bytes_NC.shape[1] - self._index_L.element_size()
         kept = min(length, count)
-        places = (self.pushed + count - kept + torch.arange(kept, device=self.index_L.device)) % length
-        self.rows_LD[places] = z_ND[count - kept :]
-        self.index_L[places] = index_N[count - kept :]
-        self.pushed += count
+        places = (self.pushed - kept + torch.arange(kept, device=self._index_L.device)) % length
+        self._rows_LD[places] = _numbers(bytes_NC[count - kept :, :width], self._rows_LD.dtype)
+        self._index_L[places] = _numbers(bytes_NC[count - kept :, width:], torch.int64)[:, 0]
 
     @torch.no_grad()
     def nearest(self, z_BD: Tensor, index_B: Tensor) -> Tensor:
@@ -70,13 +94,14 @@ class NeighbourQueue:
             index_B: dataset positions of their images, int64.
         """
         best: list[Tensor] = []
-        at_once = max(1, _PRODUCTS // len(self.rows_LD))
+        rows_LD, index_L = self.rows_LD, self.index_L
+        at_once = max(1, _PRODUCTS // len(rows_LD))
         with torch.autocast(z_BD.device.type, enabled=False):
             for z_CD, index_C in zip(z_BD.split(at_once), index_B.split(at_once), strict=True):
-                similarity_CL = z_CD.to(self.rows_LD.dtype) @ self.rows_LD.T
-                similarity_CL.masked_fill_(index_C[:, None] == self.index_L, -torch.inf)
+                similarity_CL = z_CD.to(rows_LD.dtype) @ rows_LD.T
+                similarity_CL.masked_fill_(index_C[:, None] == index_L, -torch.inf)
                 best.append(similarity_CL.argmax(1))
-        return self.rows_LD[torch.cat(best)].to(z_BD.dtype)
+        return rows_LD[torch.cat(best)].to(z_BD.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of the rows, in the order of their places, and how many were put in so far."""
@@ -108,3 +133,11 @@ class NeighbourQueue:
         self.rows_LD.copy_(rows_LD)
         self.index_L.copy_(index_L)
         self.pushed = int(state["pushed"])
+
+
+def _bytes(x_BC: Tensor) -> Tensor:
+    return x_BC.contiguous().view(torch.uint8)
+
+
+def _numbers(bytes_NC: Tensor, dtype: torch.dtype) -> Tensor:
+    return bytes_NC.clone(memory_format=torch.contiguous_format).view(dtype)

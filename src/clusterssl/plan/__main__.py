@@ -42,14 +42,16 @@ class Options:
     bandwidth_gbps: float = 100.0
     """of a node's network in 10^9 bits/s; on one node, of a GPU's link to the next"""
     latency_us: float = 20.0
-    """of one message in microseconds"""
+    """from one node to another in microseconds"""
+    local_latency_us: float = 2.0
+    """from one GPU of a node to the next in microseconds"""
     results: str = str(ROOT / "bench" / "results")
     """folder of measured speeds"""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "bandwidth_gbps"):
             cfg.require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be positive")
-        for name in ("ngpus", "num_images", "global_batch", "gpu_memory_gb", "latency_us"):
+        for name in ("ngpus", "num_images", "global_batch", "gpu_memory_gb", "latency_us", "local_latency_us"):
             cfg.require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
 
 
@@ -78,7 +80,8 @@ def plan(options: Options, script: Path, words: Sequence[str]) -> Plan:
     per_node = max(options.ngpus, 1)
     blueprint = read_script(script, words, options.nodes, per_node)
     gpu = options.ngpus > 0 and blueprint.config.run.device != "cpu"
-    job = Job(options.nodes, per_node, gpu, Network(options.bandwidth_gbps, options.latency_us), options.gpu_memory_gb)
+    network = Network(options.bandwidth_gbps, options.latency_us, per_node, options.local_latency_us)
+    job = Job(options.nodes, per_node, gpu, network, options.gpu_memory_gb)
     _check_batch(options.global_batch, blueprint, job.ranks)
     data = blueprint.config.data
     images = options.num_images or len(open_source(data.data_path, subset_file=data.subset_file))

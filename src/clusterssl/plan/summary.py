@@ -135,9 +135,11 @@ class Plan:
             return
         for share in self.shares:
             note = f"{share.calls} {share.kind}{'s' if share.calls > 1 else ''}, {1e3 * share.seconds:.3g} ms"
+            note += "" if share.waited else " while the step goes on"
             yield Row("network, a step", share.label, size(share.nbytes), note)
         network, total = self.job.network, sum(share.seconds for share in self.shares)
-        stated = f"at {network.bandwidth_gbps:g} Gb/s a node and {network.latency_us:g} us a message, nothing at once"
+        latency = f"{network.latency_us:g} us between nodes, {network.local_latency_us:g} within"
+        stated = f"at {network.bandwidth_gbps:g} Gb/s a node and {latency}, nothing at once"
         yield Row("network, a step", "together", f"{1e3 * total:.3g} ms", stated)
         if self.between:
             each = f"and {size(self.between.each_pass)} with each pass" if self.between.each_pass else ""

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PACKAGE = Path(__file__).resolve().parents[1]
-_DIFFERENTIABLE = ("forward", "backward")
+_TELLING = ("forward", "backward", "all_gather_later", "all_gather_cat")
 _KINDS = {"allreduce_": "all-reduce", "allgather_": "all-gather", "broadcast_": "broadcast"}
 
 
@@ -30,6 +30,8 @@ class Message(NamedTuple):
     """of one rank's contribution"""
     ranks: int = 0
     """that take part; 0: all"""
+    waited: bool = True
+    """whether the code that asked went on only when it was done"""
 
 
 class Watch(TorchDispatchMode):
@@ -76,21 +78,22 @@ class Watch(TorchDispatchMode):
             return
         sent = args[1] if operation == "allgather_" else args[0]  # all-gather names its output first
         part, function = _asker()
+        waited = function != "all_gather_later"
         if function == "forward":
             self._awaiting_backward.append(part)
         elif function == "backward":  # autograd asks, for the latest forward pass that has not been answered
             part = self._awaiting_backward.pop()
-        self.messages.append(Message(part, _KINDS[operation], sum(x.nbytes for x in tree_leaves(sent))))
+        self.messages.append(Message(part, _KINDS[operation], sum(x.nbytes for x in tree_leaves(sent)), waited=waited))
 
 
 def _asker() -> tuple[str, str]:
-    """Module whose code leads to this collective, and which pass of a differentiable one it is, if it is one."""
+    """Module whose code leads to this collective, and the function of `dist` it called, if that tells something."""
     frame, function = sys._getframe(1), ""
     while frame.f_back is not None:
         frame = frame.f_back
         path = Path(frame.f_code.co_filename)
         if path == PACKAGE / "dist.py":
-            function = function or (frame.f_code.co_name if frame.f_code.co_name in _DIFFERENTIABLE else "")
+            function = frame.f_code.co_name if frame.f_code.co_name in _TELLING else function
         elif function == "backward":
             return "", function
         elif path.name.startswith("main_") or (path.is_relative_to(PACKAGE) and path.parent.name != "plan"):

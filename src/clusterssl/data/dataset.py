@@ -41,6 +41,18 @@ class Batch(NamedTuple):
     bad: list[tuple[int, str]]
     """(dataset position, reason) of unreadable images met on the way"""
 
+    @classmethod
+    def of(
+        cls,
+        crops: list[Tensor],
+        params_BVP: NDArray[np.float32],
+        index_B: NDArray[np.int64],
+        bad: list[tuple[int, str]],
+    ) -> Batch:
+        """From parameters by image, as they are drawn, and positions that may belong to somebody else."""
+        params_VBP = torch.from_numpy(np.ascontiguousarray(params_BVP.swapaxes(0, 1)))
+        return cls(crops, params_VBP, torch.from_numpy(index_B.copy()), bad)
+
 
 class Shipped(NamedTuple):
     """A batch on its way out of a worker: all crops in one piece of shared memory."""
@@ -124,8 +136,7 @@ class MultiCropDataset(Dataset[Batch]):
                 rows = slice(row + 1 - len(images), row + 1)
                 self._crop(images, u_BVS[rows], [out[rows] for out in crops])
                 images, waiting = [], 0
-        params_VBP = torch.from_numpy(np.ascontiguousarray(self.multicrop.params(u_BVS).swapaxes(0, 1)))
-        return Batch(crops, params_VBP, torch.from_numpy(index.copy()), bad)
+        return Batch.of(crops, self.multicrop.params(u_BVS), index, bad)
 
     def _buffer(self, count: int) -> Tensor:
         slot = self._slots.take(count) if self._slots is not None else None

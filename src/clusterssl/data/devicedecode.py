@@ -128,8 +128,7 @@ class DeviceDecode:
             parts.append(device_crops(pixels, own, boxes_BV4, multicrop.sizes, multicrop.interpolation))
             bad += met
         crops = parts[0] if len(parts) == 1 else [torch.cat(views) for views in zip(*parts, strict=True)]
-        params_VBP = torch.from_numpy(np.ascontiguousarray(multicrop.params(u_BVS).swapaxes(0, 1)))
-        return Batch(crops, params_VBP, torch.from_numpy(index_B.copy()), bad)
+        return Batch.of(crops, multicrop.params(u_BVS), index_B, bad)
 
     def _images(self, raw: Raw, rows: slice) -> tuple[list[Tensor], list[tuple[int, str]]]:
         """Images of some rows on the device, and unreadable ones met."""

@@ -78,9 +78,8 @@ class Resident:
         u_BVS = multicrop.uniforms(seed, epoch, index_B)
         boxes_BV4 = multicrop.boxes(u_BVS, self.pixels.height_N[row_B], self.pixels.width_N[row_B])
         crops = device_crops(self.pixels, row_B, boxes_BV4, multicrop.sizes, multicrop.interpolation)
-        params_VBP = torch.from_numpy(np.ascontiguousarray(multicrop.params(u_BVS).swapaxes(0, 1)))
         bad = [entry for i in index_B.tolist() for entry in self._met.get(i, ())]
-        return Batch(crops, params_VBP, torch.from_numpy(index_B.copy()), bad)
+        return Batch.of(crops, multicrop.params(u_BVS), index_B, bad)
 
 
 class _Piece(NamedTuple):

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 from clusterssl.config import entry
 from clusterssl.errors import UserError
 from clusterssl.report import Gallery, read_run, write_report
+from clusterssl.report.pictures import largest_cluster
 from clusterssl.report.state import state
 from clusterssl.report.watch import server
 
@@ -68,7 +69,7 @@ def main() -> None:
     galleries = [] if given.no_gallery else clusters_of(given.runs)
     write_report(given.runs, out, title=given.title, galleries=galleries)
     for run in runs:
-        print(state(run, time.time()))
+        print(state(run, time.time(), largest_cluster(galleries, run.path)))
     print(out)
 
 

@@ -35,6 +35,9 @@ def test_everything_of_a_run(tmp_path: Path, heads: tuple[int, ...]) -> None:
     assert found == {"visualize.html", "attention.png", *(f"{name}.png" for name in pictures)}
     page = page_of(tmp_path / "out" / "visualize.html")
     assert page.count("img") == 1 + 8 + 3 * 4 + 4 + 4
+    text = " ".join(page.texts)
+    assert text.count("began as noise and was changed in 3 small steps") == 2
+    assert text.count("to noise, ") == 2 * 4, "captions say what their numbers are"
     for tag, attributes in page.tags:
         value = attributes.get("src") or "data:image/"
         assert value.startswith("data:image/"), f"{tag} loads {value[:50]}"

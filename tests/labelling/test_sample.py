@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.decomposition import PCA
 
 from clusterssl.data import open_source
 from clusterssl.labelling import sample
 from clusterssl.labelling.clusters import Labels
 from clusterssl.labelling.pages import Clusters
-from clusterssl.labelling.sample import galleries_of, purity, run_galleries
-from clusterssl.report import Strip
+from clusterssl.labelling.sample import galleries_of, run_galleries
+from clusterssl.report import Strip, write_report
 from tests.evals.checkpoints import own_checkpoint
 from tests.report.runs import write_run
 from tests.report.test_page import ROOT, page_of
@@ -43,9 +45,9 @@ def test_purity_by_hand() -> None:
     confidence = np.linspace(0.2, 0.9, 60, dtype=np.float32)
     made = Clusters(Labels("", 0, positions, clusters, confidence, clusters, confidence), source)
     expected = [max(np.mean(source.labels[:60][clusters == c] == label) for label in range(10)) for c in range(4)]
-    assert purity(made) == pytest.approx(expected)
+    assert made.purity() == pytest.approx(expected)
     source.labels = np.full(len(source), -1)
-    assert purity(made) == pytest.approx([confidence[clusters == c].mean() for c in range(4)], abs=1e-6)
+    assert made.purity() is None
 
 
 def test_pca_is_that_of_scikit_learn() -> None:
@@ -92,6 +94,32 @@ def test_of_equally_pure_clusters_the_largest_come_first(tmp_path: Path) -> None
             sign = -1 if gallery.title.startswith("Purest") else 1
             rows = [(sign * strip[4], -strip[3]) for strip in gallery.strips if isinstance(strip, Strip)]
             assert rows == sorted(rows) and len(rows) == 6
+
+
+def test_images_without_classes_are_ranked_by_confidence_and_that_is_said(tmp_path: Path) -> None:
+    run, photos = write_run(tmp_path / "run"), tmp_path / "photos"
+    own_checkpoint(run / "checkpoint.pth.tar")
+    photos.mkdir()
+    source = open_source("digits", split="val")
+    for i in range(60):
+        Image.fromarray(source.load(i).permute(1, 2, 0).numpy()).save(photos / f"{i:02}.png")
+    about = json.loads((run / "run.json").read_text())
+    about["config"]["data_path"] = str(photos)
+    (run / "run.json").write_text(json.dumps(about))
+    found = {gallery.title: gallery for gallery in run_galleries(run)}
+    assert {"Surest clusters", "Most doubtful clusters"} < set(found) and "Purest clusters" not in found
+    assert "By mean confidence" in found["Surest clusters"].note
+    told = [float(strip[0].split("confidence ")[1]) for strip in found["Surest clusters"].strips]
+    assert told == sorted(told, reverse=True) and len(told) == 6
+    strips = [strip for gallery in found.values() for strip in gallery.strips]
+    assert all(isinstance(strip, Strip) and strip.purity is None for strip in strips)
+    largest = found["Largest clusters"]
+    assert largest.largest == largest.strips[0][3] / 60
+    write_report([run], tmp_path / "page.html", galleries=[replace(largest, largest=0.9)])
+    page = page_of(tmp_path / "page.html")
+    assert "One cluster holds 90% of the images" in " ".join(page.texts)
+    asked = {attributes.get("id") for tag, attributes in page.tags if tag == "input"}
+    assert "images" in asked and not {"purest", "impurest"} & asked
 
 
 def test_nothing_without_checkpoint_or_images(tmp_path: Path) -> None:

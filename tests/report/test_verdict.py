@@ -74,6 +74,28 @@ def test_a_short_run_is_judged_by_its_end_and_an_early_one_not_at_all() -> None:
     assert [remark.kind for remark in begun] == ["note", "note"] and "step 10 of 30" in begun[1].text
 
 
+def one_cluster(counts: list[int], largest: float | None, epochs: int = 1) -> list[tuple[str, str]]:
+    """Remarks about clusters after 20 steps whose loss has fallen, of 20 an epoch."""
+    steps = [{"step": at, "loss": 3.0, "ln_k": math.log(60)} for at in (10, 20)]
+    about = {"config": {"epochs": epochs, "warmup_epochs": 0}, "facts": {"steps_per_epoch": 20}}
+    run = RunRecord(Path("r"), "r", about=about, steps=steps, epochs=[{"epoch_end": 0, "occupancy": counts}])
+    return [tuple(remark) for remark in verdict(run, largest) if "cluster" in remark.text]  # type: ignore[misc]
+
+
+def test_one_cluster_of_most_images_is_named() -> None:
+    even = [5] * 60
+    ((kind, text),) = one_cluster(even, 188 / 320)
+    assert kind == "bad" and "One cluster holds 59% of the images" in text and "after 20 steps" in text
+    ((kind, text),) = one_cluster([*even, 700], 0.1)
+    assert kind == "bad" and "70% of the last epoch's crops" in text
+    assert one_cluster([*even, 700], None)[0][0] == "bad"
+    assert (
+        one_cluster(even, 0.3) == one_cluster(even, None) == one_cluster([90, 60], 0.6) == one_cluster([], None) == []
+    )
+    ((kind, text),) = one_cluster(even, 0.9, epochs=100)
+    assert kind == "note" and "this early" in text
+
+
 def test_waiting_for_data_and_restarts_are_said() -> None:
     steps = [{"step": at, "loss": 1.0, "images_per_s": 10.0, "data_wait": 0.6} for at in range(9)]
     run = RunRecord(Path("r"), "r", steps=steps, launches=[{}, {}])

@@ -224,7 +224,7 @@ def _check_layout(path: Path, splits: Sequence[str]) -> None:
     )
 
 
-def check_writable(folder: str | Path) -> None:
+def check_writable(folder: str | Path, flag: str = "--dump_path") -> None:
     """Try whether a folder for results can be made and written (rank 0), before hours are spent; a collective call.
 
     Raises:
@@ -237,7 +237,7 @@ def check_writable(folder: str | Path) -> None:
             with tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
                 pass
     except OSError as error:
-        problem = UserError(f"--dump_path {folder}: cannot be written ({first_line(error)}); choose another")
+        problem = UserError(f"{flag} {folder}: cannot be written ({first_line(error)}); choose another")
     dist.raise_together(problem)
 
 

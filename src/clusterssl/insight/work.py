@@ -35,6 +35,25 @@ from clusterssl.report.pictures import grid
 logger = logging.getLogger(__name__)
 
 _SHOWN = 96
+_FIRST_NOTE = "The weights of the first layer as pictures, each stretched to the whole range of colours."
+_ASCENT_NOTE = (
+    "Each picture began as noise and was changed in {steps} small steps so that one filter of the layer answers to it "
+    "more than the layer's others do: an exaggeration of what the filter looks for. Below it the filter's answer (mean "
+    "over the picture after the ReLU) to the noise and to the picture; an answer that hardly grew means that the "
+    "picture shows little, more steps (--niter) may help."
+)
+_IMAGES_NOTE = (
+    "For each filter the images that it answers to most, the highest answer first, with the highest and the lowest "
+    "answer that are shown (mean over the image after the ReLU)."
+)
+_CLUSTERS_NOTE = (
+    "For each cluster the images of highest score, the highest first, with the highest and the lowest score that are "
+    "shown: the cosine to the prototype, or the head's logit."
+)
+_LOOKS_NOTE = "Each image, and the same darkened where it does not speak for the cluster that the network chooses."
+_PROTOTYPES_NOTE = (
+    "Each prototype by its best image, then the prototypes most similar to it by theirs; cosines in brackets."
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +117,7 @@ class Look:
         sheet = grid([shown[at : at + 16] for at in range(0, len(shown), 16)], side=32, border=1, gap=4)
         self._png("first-filters", sheet)
         words = f"{len(shown)} of {len(weight)} first filters"
-        yield Gallery("First filters", ((words, words, _address(sheet)),), "Each stretched to the whole range.", True)
+        yield Gallery("First filters", ((words, words, _address(sheet)),), _FIRST_NOTE, True)
 
     def ascents(self, options: AscentOptions) -> Iterator[Gallery]:
         """Images made for the first filters of each layer."""
@@ -111,10 +130,15 @@ class Look:
             pictures = [picture(image) for image in made]
             self._png(f"ascent-{layer}", grid([pictures[at : at + 6] for at in range(0, len(pictures), 6)]))
             strips = tuple(
-                (f"filter {f}: {answers[0, f]:.3g} to {answers[1, f]:.3g}", f"Made for filter {f}", _one(image))
+                (
+                    f"filter {f}: answer {answers[0, f]:.3g} to noise, {answers[1, f]:.3g} to this",
+                    f"Made for filter {f}",
+                    _one(image),
+                )
                 for f, image in enumerate(pictures)
             )
-            yield Gallery(f"What filters of {layer} are looking for", strips, "Gradient ascent from noise.")
+            note = _ASCENT_NOTE.format(steps=options.niter)
+            yield Gallery(f"What filters of {layer} are looking for", strips, note)
 
     def answers(self, source: Source) -> Iterator[Gallery]:
         """Images that filters and clusters answer to most."""
@@ -125,10 +149,9 @@ class Look:
             number = min(self.options.filters, len(best.positions_CE))
             rows = [[square(source, int(i), 96) for i in best.positions_CE[c]] for c in range(number)]
             self._png(f"images-{name}", grid(rows, side=96))
-            what = "cluster" if name == "clusters" else f"filter of {name}:"
-            yield Gallery(
-                f"Images for {name}", tuple(_strips(best, source, number, what)), "Highest answer first.", True
-            )
+            what = "cluster" if name == "clusters" else "filter"
+            note = _CLUSTERS_NOTE if name == "clusters" else _IMAGES_NOTE
+            yield Gallery(f"Images for {name}", tuple(_strips(best, source, number, what)), note, True)
             if name == "clusters":
                 yield from self._prototypes(best, source, number)
 
@@ -143,9 +166,7 @@ class Look:
             told = ", ".join(f"{j} ({c:.2f})" for j, c in zip(near[k], cosine[k], strict=True))
             strips.append((f"prototype {k}, then {told}", f"Best image of prototypes {k}, {told}",
                            thumbnails(source, chosen)))  # fmt: skip
-        yield Gallery(
-            "Prototypes and their nearest", tuple(strips), "The best image of each; cosines in brackets.", True
-        )
+        yield Gallery("Prototypes and their nearest", tuple(strips), _PROTOTYPES_NOTE, True)
 
     def looks(self, source: Source) -> Iterator[Gallery]:
         """Where the network looks in some crops."""
@@ -163,7 +184,7 @@ class Look:
                 name = Path(source.name(int(i))).name
                 strips.append((name, f"{name}, and where the network looks in it", strip(pair, side=128, photo=True)))
         self._png("attention", grid(pictures))
-        yield Gallery("Where it looks", tuple(strips), "Dark parts do not speak for the cluster that is chosen.")
+        yield Gallery("Where it looks", tuple(strips), _LOOKS_NOTE)
 
     def write(self, ascent: AscentOptions) -> None:
         """Everything."""
@@ -229,7 +250,7 @@ def _pixels(images_B3HW: Tensor, std: Sequence[float]) -> NDArray[np.uint8]:
 
 def _strips(best: Best, source: Source, number: int, what: str) -> Iterator[tuple[str, str, str]]:
     for c in range(number):
-        caption = f"{what} {c}, {best.answers_CE[c, 0]:.3g} to {best.answers_CE[c, -1]:.3g}"
+        caption = f"{what} {c}: {best.answers_CE[c, 0]:.3g} to {best.answers_CE[c, -1]:.3g}"
         yield caption, f"Images for {caption}", thumbnails(source, best.positions_CE[c].tolist())
 
 

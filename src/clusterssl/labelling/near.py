@@ -20,7 +20,7 @@ from clusterssl.data.source import FileSource
 from clusterssl.errors import UserError
 from clusterssl.evals.inputs import Network
 from clusterssl.labelling.neighbourhood import nearest_to
-from clusterssl.labelling.pages import thumbnails
+from clusterssl.labelling.pages import square, thumbnails
 from clusterssl.labelling.reading import Reader
 from clusterssl.labelling.scan import Scan
 from clusterssl.labelling.tables import write_csv
@@ -30,6 +30,16 @@ from clusterssl.report.page import write_page
 logger = logging.getLogger(__name__)
 
 _A_STRIP = 12
+_COPIES = 8
+"""of a picture that are looked for among the images nearest to it"""
+_OF_COPIES = 0.99
+"""cosine above which an image may be a copy"""
+
+
+_LEAD = (
+    "Each picture asked about, then the images whose features point most nearly the same way (cosine 1 is the same "
+    "direction), without the picture itself. Names and cosines are in near.csv."
+)
 
 
 def pictures(paths: Sequence[str]) -> Source | None:
@@ -59,32 +69,48 @@ def read(reader: Reader, asked: Source, network: Network) -> Tensor:
 
 
 def write_near(out: Path, scan: Scan, source: Source, asked: Source, queries_QF: Tensor, count: int) -> None:
-    """Write near.csv and near.html.
+    """Write near.csv and near.html, without the images that are the picture asked about itself.
 
     Raises:
         UserError: they cannot be written.
     """
-    cosine_QE, positions_QE = nearest_to(scan, queries_QF, count)
-    rows = (
-        (asked.name(query), rank + 1, source.name(int(position)), f"{cosine_QE[query, rank]:.6f}")
+    cosine_QE, positions_QE = nearest_to(scan, queries_QF, count + _COPIES)
+    found = [
+        _others(source, square(asked, query), cosine_QE[query].tolist(), positions)[:count]
         for query, positions in enumerate(positions_QE)
-        for rank, position in enumerate(positions)
+    ]
+    rows = (
+        (asked.name(query), rank, source.name(position), f"{cosine:.6f}")
+        for query, others in enumerate(found)
+        for rank, (position, cosine) in enumerate(others, 1)
     )
     write_csv(out / "near.csv", ("near", "rank", "path", "cosine"), rows)
-    _write_page(out / "near.html", source, asked, cosine_QE, positions_QE)
+    _write_page(out / "near.html", source, asked, found)
     logger.info("written: %s", out / "near.html")
 
 
-def _write_page(path: Path, source: Source, asked: Source, cosine_QE: Tensor, positions_QE: NDArray[np.int64]) -> None:
+def _others(
+    source: Source, picture: NDArray[np.uint8], cosine_E: list[float], positions_E: NDArray[np.int64]
+) -> list[tuple[int, float]]:
+    """Positions and cosines of the images of which the network saw other pixels than of the picture."""
+    return [
+        (position, cosine)
+        for position, cosine in zip(positions_E.tolist(), cosine_E, strict=True)
+        if cosine < _OF_COPIES or not np.array_equal(square(source, position), picture)
+    ]
+
+
+def _write_page(path: Path, source: Source, asked: Source, found: list[list[tuple[int, float]]]) -> None:
     """Each picture asked about, then the images nearest to it."""
     galleries = []
-    for query, positions in enumerate(positions_QE):
+    for query, others in enumerate(found):
         name = Path(asked.name(query)).name
-        best = f"cosine {cosine_QE[query, 0]:.3f} to {cosine_QE[query, -1]:.3f}"
+        positions = [position for position, _ in others]
+        best = f"cosine {others[0][1]:.3f} to {others[-1][1]:.3f}" if others else "There is no other image."
         strips = [(f"{name}, asked about", f"The picture {name}", thumbnails(asked, [query]))]
         for start in range(0, len(positions), _A_STRIP):
             part = positions[start : start + _A_STRIP]
             words = f"nearest {start + 1} to {start + len(part)}"
             strips.append((words, f"Images {words} to {name}", thumbnails(source, part)))
         galleries.append(Gallery(name, tuple(strips), best, wide=True))
-    write_page(path, title="Nearest images", lead="Names and cosines are in near.csv.", galleries=galleries)
+    write_page(path, title="Nearest images", lead=_LEAD, galleries=galleries)

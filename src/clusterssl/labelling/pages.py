@@ -59,6 +59,21 @@ class Clusters:
         start = self._starts[row]
         return self.labels.positions_N[self.order[start : start + self.sizes[row]]]
 
+    def purity(self) -> NDArray[np.float64] | None:
+        """Of each cluster the share of its most frequent class; None where classes are unknown."""
+        labels_N = self.source.labels[self.labels.positions_N]
+        if not self.source.classes or (labels_N < 0).any():
+            return None
+        most = [np.bincount(self.source.labels[self.members(row)]).max() for row in range(len(self.ids))]
+        return np.array(most) / self.sizes
+
+    def strip(self, row: int, count: int, purity: NDArray[np.float64] | None) -> Strip:
+        """The most confident images of a cluster."""
+        caption, members = self.caption(row), self.members(row)[:count]
+        words = f"The {len(members)} most confident images of {caption}"
+        pure = None if purity is None else float(purity[row])
+        return Strip(caption, words, thumbnails(self.source, members), int(self.sizes[row]), pure)
+
     def caption(self, row: int) -> str:
         """What a cluster is, in words; classes are named where the images' folders are classes."""
         known = mostly(self.source.labels[self.members(row)], self.source.classes)
@@ -100,9 +115,10 @@ def write_clusters_page(
     Raises:
         UserError: it cannot be written.
     """
+    purity, count = clusters.purity(), options.num_samples_per_class
     galleries = [
-        Gallery(heading, tuple(_strip(clusters, int(row), options) for row in rows), _NOTE, wide=True)
-        for heading, rows in _parts(clusters, options)
+        Gallery(heading, tuple(clusters.strip(int(row), count, purity) for row in rows), _NOTE + order, wide=True)
+        for heading, rows, order in _parts(clusters, options)
     ]
     source = clusters.source
     if copies is not None and copies.groups and options.num_classes:
@@ -125,27 +141,20 @@ def write_clusters_page(
 _NOTE = "The images of highest confidence, the most confident first."
 
 
-def _parts(clusters: Clusters, options: PageOptions) -> list[tuple[str, NDArray[np.int64]]]:
-    """Rows of the clusters in each part of the gallery; where they are few, all in one part."""
+def _parts(clusters: Clusters, options: PageOptions) -> list[tuple[str, NDArray[np.int64], str]]:
+    """Rows of the clusters in each part of the gallery, and their order in words; where they are few, all in one."""
     number = options.num_classes
     if not number:
         return []
     by_size, by_doubt = np.argsort(-clusters.sizes, kind="stable"), np.argsort(clusters.confidence, kind="stable")
     if len(by_size) <= 3 * number:
-        return [("All clusters, the largest first", by_size)]
+        return [("All clusters, the largest first", by_size, "")]
     return [
-        ("Largest clusters", by_size[:number]),
-        ("Smallest clusters", by_size[::-1][:number]),
-        ("Surest clusters", by_doubt[::-1][:number]),
-        ("Most doubtful clusters", by_doubt[:number]),
+        ("Largest clusters", by_size[:number], ""),
+        ("Smallest clusters", by_size[::-1][:number], ""),
+        ("Surest clusters", by_doubt[::-1][:number], " Clusters by mean confidence."),
+        ("Most doubtful clusters", by_doubt[:number], " Clusters by mean confidence."),
     ]
-
-
-def _strip(clusters: Clusters, row: int, options: PageOptions) -> Strip:
-    caption, members = clusters.caption(row), clusters.members(row)[: options.num_samples_per_class]
-    words = f"The {len(members)} most confident images of {caption}"
-    pictures = thumbnails(clusters.source, members)
-    return Strip(caption, words, pictures, int(clusters.sizes[row]), float(clusters.confidence[row]))
 
 
 def thumbnails(source: Source, positions: Sequence[int] | NDArray[np.int64]) -> str:

@@ -21,7 +21,7 @@ from clusterssl.data import Source, eval_batches, open_source, resize_for
 from clusterssl.errors import UserError
 from clusterssl.evals import inputs
 from clusterssl.labelling.clusters import Labels
-from clusterssl.labelling.pages import Clusters, square, thumbnails
+from clusterssl.labelling.pages import Clusters, square
 from clusterssl.labelling.reading import ReadingOptions, open_reader
 from clusterssl.report import Gallery, Strip
 from clusterssl.report.pictures import address_of
@@ -35,13 +35,15 @@ _MOST = 1000
 _MAPPED = 400
 _SHOWN, _CLUSTERS = 8, 6
 _SHEET, _THUMBNAIL = 720, 24
+_BY_CLASS = ("Purest clusters", "Most confused clusters", "")
+_BY_CONFIDENCE = ("Surest clusters", "Most doubtful clusters", " By mean confidence, as these images have no classes.")
 
 
 def run_galleries(folder: Path, device: torch.device | str = "cpu", seconds: float = math.inf) -> list[Gallery]:
     """The largest, smallest, purest and most confused clusters of up to 1,000 of a run's images, and two maps.
 
-    Purest and most confused by the images' classes where they are known, else by confidence. Nothing where checkpoint
-    or images are out of reach; a log line says so.
+    Purest and most confused by the images' classes; where these are unknown the surest and most doubtful by confidence.
+    Nothing where checkpoint or images are out of reach; a log line says so.
 
     Args:
         folder: run directory.
@@ -115,37 +117,26 @@ def _read(checkpoint: Path, source: Source, device: torch.device, end: float) ->
     ), features_NF
 
 
-def purity(clusters: Clusters) -> NDArray[np.float64]:
-    """Of each cluster: share of its most frequent class; the mean confidence where classes are unknown."""
-    known = bool(clusters.source.classes) and bool((clusters.source.labels[clusters.labels.positions_N] >= 0).all())
-    if not known:
-        return clusters.confidence
-    rows = range(len(clusters.ids))
-    return np.array(
-        [np.bincount(clusters.source.labels[clusters.members(row)]).max() / clusters.sizes[row] for row in rows]
-    )
-
-
 def _galleries(labels: Labels, source: Source) -> list[Gallery]:
+    """Clusters by size, and by purity, or by confidence where classes are unknown."""
     clusters = Clusters(labels, source)
-    pure = purity(clusters)
+    pure = clusters.purity()
+    quality, best, worst, why = (pure, *_BY_CLASS) if pure is not None else (clusters.confidence, *_BY_CONFIDENCE)
     by_size = np.argsort(-clusters.sizes, kind="stable")
-    purest, most_confused = (np.lexsort((-clusters.sizes, sign * pure)) for sign in (-1, 1))  # of equals the largest
+    first, last = (np.lexsort((-clusters.sizes, sign * quality)) for sign in (-1, 1))  # of equals the largest
     note = f"Of {len(labels.positions_N)} images of the run, the most confident first."
+    largest = float(clusters.sizes.max() / clusters.sizes.sum())
     parts = {
-        "Largest clusters": by_size[:_CLUSTERS], "Smallest clusters": by_size[::-1][:_CLUSTERS],
-        "Purest clusters": purest[:_CLUSTERS], "Most confused clusters": most_confused[:_CLUSTERS],
+        "Largest clusters": (by_size, note), "Smallest clusters": (by_size[::-1], note),
+        best: (first, note + why), worst: (last, note + why),
     }  # fmt: skip
     return [
-        Gallery(title, tuple(_strip(clusters, int(row), float(pure[row])) for row in rows), note, wide=True)
-        for title, rows in parts.items()
-    ]
-
-
-def _strip(clusters: Clusters, row: int, pure: float) -> Strip:
-    caption, members = clusters.caption(row), clusters.members(row)[:_SHOWN]
-    words = f"The {len(members)} most confident images of {caption}"
-    return Strip(caption, words, thumbnails(clusters.source, members), int(clusters.sizes[row]), pure)
+        Gallery(
+            title, tuple(clusters.strip(int(row), _SHOWN, pure) for row in order[:_CLUSTERS]), said, wide=True,
+            largest=largest,
+        )
+        for title, (order, said) in parts.items()
+    ]  # fmt: skip
 
 
 def _pca(rows_NF: NDArray[np.float32]) -> NDArray[np.float64]:

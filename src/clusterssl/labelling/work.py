@@ -17,7 +17,7 @@ from clusterssl.data import Source, open_source
 from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.evals import inputs
-from clusterssl.files import atomic_write, first_line
+from clusterssl.files import atomic_write
 from clusterssl.labelling import clusters as grouping
 from clusterssl.labelling import near, neighbourhood, pages, tables
 from clusterssl.labelling.clusters import Labels
@@ -109,12 +109,9 @@ def _check_out(out: Path, images: str) -> None:
     inside = Path(images).expanduser()
     if inside.is_dir() and inside.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"--out {out}: lies inside --images, whose pictures would grow by its own; name another")
-    try:
-        if out.exists() and any(out.iterdir()) and not (out / "features").is_dir():
-            raise UserError(f"--out {out}: holds other files and no labelling; name a new folder")
-        (out / "features").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({first_line(error)}); choose another") from error
+    inputs.check_writable(out, "--out")
+    if out.exists() and any(out.iterdir()) and not (out / "features").is_dir():
+        raise UserError(f"--out {out}: holds other files and no labelling; name a new folder")
 
 
 def _number(k: int, reader: Reader, images: int) -> int:

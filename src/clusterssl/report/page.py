@@ -15,7 +15,7 @@ from markupsafe import Markup
 from clusterssl.errors import UserError
 from clusterssl.files import atomic_write
 from clusterssl.report.figures import SERIES, Series, line_chart, use_chart
-from clusterssl.report.pictures import Gallery, Strip
+from clusterssl.report.pictures import Gallery, Strip, largest_cluster
 from clusterssl.report.records import RunRecord, read_run
 from clusterssl.report.tables import Table, shown, table_of
 from clusterssl.report.verdict import verdict
@@ -124,7 +124,7 @@ def render(
         js=Markup(folder.joinpath("page.js").read_text(encoding="utf-8")),
         css=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        runs=[_described(run) for run in runs],
+        runs=[_described(run, largest_cluster(galleries, run.path)) for run in runs],
         lines=SERIES,
         tables=[*tables, *_evaluations(runs)],
         galleries=_shown_galleries(runs, galleries),
@@ -143,7 +143,8 @@ def _shown_galleries(runs: Sequence[RunRecord], galleries: Sequence[Gallery]) ->
         strips = [Strip(*strip) for strip in gallery.strips]
         shown.append(
             {"title": name + gallery.title, "note": gallery.note, "wide": gallery.wide, "run": at, "strips": strips,
-             "choice": gallery.choice and len(strips) > 1, "sizes": any(strip.images is not None for strip in strips)}
+             "choice": gallery.choice and len(strips) > 1, "sizes": any(strip.images is not None for strip in strips),
+             "purities": any(strip.purity is not None for strip in strips)}
         )  # fmt: skip
     return shown
 
@@ -200,7 +201,7 @@ def _start(launch: dict[str, Any]) -> dict[str, Any]:
     return {**launch, "id": str(launch.get("id", ""))[:8], "time": f"{began:%Y-%m-%d %H:%M:%S} UTC"}
 
 
-def _described(run: RunRecord) -> dict[str, Any]:
+def _described(run: RunRecord, largest: float | None) -> dict[str, Any]:
     """What the template shows of one run besides charts."""
     about = run.about
     argv = about.get("argv")
@@ -220,7 +221,7 @@ def _described(run: RunRecord) -> dict[str, Any]:
     return {
         "name": run.name,
         "path": str(run.path),
-        "remarks": verdict(run),
+        "remarks": verdict(run, largest),
         "command": command,
         "config": config if isinstance(config, dict) else {},
         "environment": environment,

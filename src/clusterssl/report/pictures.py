@@ -41,6 +41,13 @@ class Gallery:
     """directory of the run it is of"""
     choice: bool = True
     """whether readers may choose among the strips"""
+    largest: float | None = None
+    """share of the run's images in its largest cluster"""
+
+
+def largest_cluster(galleries: Sequence[Gallery], run: Path) -> float | None:
+    """Share of a run's images in its largest cluster, where a gallery tells."""
+    return next((found.largest for found in galleries if found.run == run and found.largest is not None), None)
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], side: int = 128, border: int = 3, gap: int = 15) -> bytes:

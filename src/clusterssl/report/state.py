@@ -6,12 +6,13 @@ from clusterssl.report.records import RunRecord
 from clusterssl.report.verdict import planned_steps, verdict
 
 
-def state(run: RunRecord, now: float) -> str:
+def state(run: RunRecord, now: float, largest: float | None = None) -> str:
     """Whether a run is finished, stopped or has only begun, and whether it learned.
 
     Args:
         run: as read from its directory.
         now: seconds since 1970.
+        largest: see `verdict`.
     """
     if not run.steps:
         return f"{run.name}: begun, no step is logged yet"
@@ -24,5 +25,5 @@ def state(run: RunRecord, now: float) -> str:
         how = (
             f"at step {step}{of}, last sign {minutes:.0f} min ago: it runs, or was stopped and the same command goes on"
         )
-    bad = [remark.text.split(": ")[0].rstrip(".") for remark in verdict(run) if remark.kind == "bad"]
+    bad = [remark.text.split(": ")[0].rstrip(".") for remark in verdict(run, largest) if remark.kind == "bad"]
     return f"{run.name}: {how}" + (f"; COLLAPSED or not learning: {'; '.join(bad)}" if bad else "")

@@ -13,6 +13,8 @@ ABOVE_LN_K = 0.5
 """untrained networks begin up to a third above it"""
 FEW_PROTOTYPES = 0.1
 MANY_DEAD = 0.5
+MOST = 0.5
+"""of all images in one cluster; of two or three clusters, twice an equal share"""
 LOW_RANK = 2.0
 NARROWED = 0.25
 """of the untrained network's effective rank; good runs of six methods on digits and CIFAR-10 end at 0.44 to 1.4"""
@@ -30,11 +32,17 @@ class Remark(NamedTuple):
     text: str
 
 
-def verdict(run: RunRecord) -> list[Remark]:
-    """Findings about the loss, the use of the prototypes, the features and the loader, the loss first."""
+def verdict(run: RunRecord, largest: float | None = None) -> list[Remark]:
+    """Findings about the loss, the use of the prototypes, the features and the loader, the loss first.
+
+    Args:
+        run: as read from its directory.
+        largest: share of the run's images that its final network puts into one cluster, where that was looked at.
+    """
     if not run.steps:
         return [Remark("note", "No training step was logged yet.")]
-    remarks = [_loss(run), _prototypes(run), _features(run), _loader(run), _unfinished(run), _starts(run)]
+    about_clusters = [_prototypes(run), _one_cluster(run, largest)]
+    remarks = [_loss(run), *about_clusters, _features(run), _loader(run), _unfinished(run), _starts(run)]
     return [remark for remark in remarks if remark is not None]
 
 
@@ -96,6 +104,20 @@ def _prototypes(run: RunRecord) -> Remark | None:
     text += f", {dead:.0%} were given no image." if dead is not None else "."
     few = perplexity < FEW_PROTOTYPES * number or (dead is not None and dead > MANY_DEAD)
     return Remark("bad" if few else "good", text)
+
+
+def _one_cluster(run: RunRecord, largest: float | None) -> Remark | None:
+    """Whether one cluster holds most images, of those that were looked at or of the crops of the last epoch."""
+    counts = run.occupancy()
+    counted = max(counts) / sum(counts) if any(counts) else 0.0
+    most = max(MOST, 2 / len(counts)) if counts else MOST
+    if max(largest or 0.0, counted) <= most:
+        return None
+    share, what = (largest, "images") if largest is not None and largest > most else (counted, "last epoch's crops")
+    text = f"One cluster holds {share:.0%} of the {what}: the clusters hardly tell images apart"
+    if _too_early(run):
+        return Remark("note", f"{text}; this early it may be.")
+    return Remark("bad", f"{text} after {run.steps[-1]['step']} steps. Try more --epochs, another --base_lr.")
 
 
 def _features(run: RunRecord) -> Remark | None:

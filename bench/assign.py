@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.record import write_result
+from bench.record import options_of, write_result
 from clusterssl import config as cfg
 from clusterssl.models.build import build_model
 from clusterssl.models.weights import published_state_dict
@@ -102,7 +102,7 @@ def watched(words: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "images").mkdir()

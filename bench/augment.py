@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from photos import folder_of_photos
-from record import write_result
+from record import options_of, write_result
 from timing import in_turns
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -122,7 +122,7 @@ def systems(batch: Batch, device: str) -> dict[str, System]:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     batch = batch_of(options)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from record import write_result
+from record import options_of, write_result
 
 from clusterssl import config as cfg
 from tests.chaos import faults
@@ -183,7 +183,7 @@ def show(rows: list[dict[str, Any]], options: Options) -> None:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if options.where == "here":

@@ -27,7 +27,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
-from record import write_result
+from record import options_of, write_result
 from torch import nn
 from trained import ROOT, K, better, top1, unpacked, untrained
 
@@ -167,7 +167,7 @@ def pixels(options: Options) -> float:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     options = replace(options, data_path=unpacked(options.data_path, Path(options.folder) / "images"))
     rows: dict[str, list[dict]] = {"untrained": [], "lightly": [], "ours": []}
     for seed in options.seeds:

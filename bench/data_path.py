@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from photos import folder_of_photos
 from PIL import Image, ImageFilter
-from record import write_result
+from record import options_of, write_result
 from timing import in_turns
 from torchvision import transforms
 
@@ -169,7 +169,7 @@ def systems(source: Source, packed: Source) -> dict[str, System]:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     torch.set_num_threads(1)
     keep_freed_memory()
     with folder_of_photos(options.data_path) as folder, tempfile.TemporaryDirectory() as target:

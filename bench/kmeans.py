@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 import torch.nn.functional as F
-from record import write_result
+from record import options_of, write_result
 from torch import Tensor
 
 from clusterssl import config as cfg
@@ -132,7 +132,7 @@ def measure(options: Options) -> dict[str, dict]:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
     found = measure(options)

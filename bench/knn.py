@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import numpy as np
 import torch
-from record import write_result
+from record import options_of, write_result
 from torch import Tensor
 
 from clusterssl import config as cfg
@@ -173,7 +173,7 @@ def memory(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "rows": options.rows, "queries": options.queries}
     if options.memory_rows:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
-from record import write_result
+from record import options_of, write_result
 from timing import in_turns
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def optimizers() -> dict[str, Callable[[list[Tensor]], Any]]:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
     steps = {name: make(parameters(options)).step for name, make in optimizers().items()}

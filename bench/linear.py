@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
-from record import write_result
+from record import options_of, write_result
 
 from clusterssl import config as cfg
 from clusterssl.evals import inputs
@@ -75,7 +75,7 @@ def measure(setup: Setup, how: str, epochs: int) -> dict[str, float]:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         setup = setup_of(options, folder)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from photos import folder_of_photos
-from record import write_result
+from record import options_of, write_result
 
 from clusterssl import config as cfg
 from clusterssl.data import Loader, MultiCrop, Source, open_source
@@ -64,7 +64,7 @@ def _order(images: int, wanted: int):  # type: ignore[no-untyped-def]
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     found: dict[int, list[tuple[float, float]]] = {workers: [] for workers in options.workers}
     with folder_of_photos(options.data_path) as folder:
         source = open_source(folder)

@@ -25,7 +25,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
-from record import write_result
+from record import options_of, write_result
 from trained import ROOT, accuracies, better, run_with_costs, untrained
 
 from clusterssl import config as cfg
@@ -142,7 +142,7 @@ def clusters(path: Path, options: Options) -> dict[str, float]:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     unknown = set(options.methods) - set(METHODS)
     cfg.require(not unknown, f"--methods {' '.join(sorted(unknown))}: unknown; there are {', '.join(METHODS)}")
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("Untrained", *options.methods)}

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from record import write_result
+from record import options_of, write_result
 from trained import ROOT, accuracies, better, run_with_costs, untrained
 
 from clusterssl import config as cfg
@@ -190,7 +190,7 @@ def report(options: Options, seeds: dict[int, dict[str, dict[str, Any]]]) -> Non
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     seeds: dict[int, dict[str, dict[str, Any]]] = {}
     for seed in options.seeds:
         seeds[seed] = measure(seed, options)

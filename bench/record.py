@@ -1,4 +1,4 @@
-"""Writing a measurement with what a reader needs to trust or repeat it."""
+"""What all benches share: their flags, and a measurement written with what a reader needs to trust or repeat it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,33 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from clusterssl import config as cfg
+
+C = TypeVar("C")
+
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "timm", "lightly", "faiss-cpu", "kornia", "albumentations")
+MAY_BE_ZERO = ("workers", "k", "seed", "seeds", "latency_us")
+"""flags whose 0 means something though their default is another"""
+
+
+def options_of(cls: type[C], description: str | None) -> C:
+    """Flags of a bench, of which none is a nonsense size: a number whose default is positive must be, too.
+
+    Raises:
+        UserError: see `config.parse`; a number that is too small.
+    """
+    options = cfg.parse(cls, description=description or "")
+    for usual, given in zip(cfg.flags(cls()), cfg.flags(options), strict=True):
+        zero = given.name in MAY_BE_ZERO or usual.default in (0, ())
+        for value in given.default if isinstance(given.default, tuple) else (given.default,):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                fits = value > 0 or (zero and value == 0)
+                cfg.require(fits, f"--{given.name} {value:g}: must be above 0" + " or 0" * zero)
+    return options
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

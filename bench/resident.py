@@ -26,7 +26,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
-from record import write_result
+from record import options_of, write_result
 
 from clusterssl import config as cfg
 from clusterssl.data import Loader, MultiCrop, Source, open_source, reside
@@ -108,7 +108,7 @@ def _processor_seconds() -> float:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     with folder_of(options) as folder:

@@ -23,7 +23,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
-from record import write_result
+from record import options_of, write_result
 
 from clusterssl import checkpoint
 from clusterssl import config as cfg
@@ -111,7 +111,7 @@ def measure(training: Training, options: Options) -> dict[str, list[dict[str, fl
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(dir=options.folder or None) as name:

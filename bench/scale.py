@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from ranks import on_ranks
-from record import write_result
+from record import options_of, write_result
 from torch.utils.flop_counter import FlopCounterMode
 
 from clusterssl import config as cfg
@@ -165,7 +165,7 @@ def w5_memory(batches: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     result: dict[str, Any] = {"options": cfg.plain(options)}
     if options.measure:
         result["measured"] = measured(options)

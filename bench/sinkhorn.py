@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 import torch.nn.functional as F
 from ranks import on_ranks
-from record import write_result
+from record import options_of, write_result
 from timing import in_turns
 from torch import Tensor
 
@@ -139,7 +139,7 @@ def show(measured: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     keep_freed_memory()
     rows: list[dict[str, Any]] = []
     print(f"{options.crops} crops, K = {options.prototypes}; milliseconds (speed over the published form's)\n")

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from record import write_result
+from record import options_of, write_result
 from trained import ROOT, K, top1, unpacked
 
 from clusterssl import config as cfg
@@ -60,9 +60,6 @@ class Options:
     folder: str = "runs/time_to_accuracy"
     """where the run is kept; the next call goes on there"""
     out: str = "bench/results/time_to_accuracy.json"
-
-    def __post_init__(self) -> None:
-        cfg.require(self.every > 0 and self.minutes > 0, "--every and --minutes: must be positive")
 
 
 def piece(options: Options, data: str, run: Path, seconds: float) -> bool:
@@ -112,7 +109,7 @@ def curve(run: Path, pieces: list[dict[str, Any]], data: str, options: Options) 
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     data, run = unpacked(options.data_path, folder / "images"), folder / "run"

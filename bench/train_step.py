@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 import torch.nn.functional as F
-from record import write_result
+from record import options_of, write_result
 from sinkhorn import published
 from timing import in_turns
 from torch import Tensor, nn
@@ -213,7 +213,7 @@ def systems(step: Step, batch: Batch, options: Options) -> dict[str, System]:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.disable(logging.INFO)

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from record import write_result
+from record import options_of, write_result
 from torch import Tensor
 
 from clusterssl import config as cfg
@@ -155,7 +155,7 @@ def peak_mb() -> float:
 
 
 def main() -> None:
-    options = cfg.parse(Options, description=__doc__)
+    options = options_of(Options, __doc__)
     if options.measure:
         return measure(*options.measure)
     if options.threads:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import runpy
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from clusterssl import config as cfg
+from clusterssl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
@@ -88,6 +93,33 @@ def test_all_results_of_the_repository_are_readable(names: dict[str, Any]) -> No
     assert paths
     for path in paths:
         assert names["section"](path.name, names["read"](path))
+
+
+def numbers_of(options: Any) -> Iterator[str]:
+    """Flags of a bench that are numbers, or several."""
+    for flag in cfg.flags(options):
+        values = flag.default if isinstance(flag.default, tuple) else (flag.default,)
+        if any(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+            yield flag.name
+
+
+MEASURING = [path for path in sorted(BENCH.glob("*.py")) if "write_result(Path(" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", MEASURING, ids=lambda path: path.stem)
+def test_nonsense_sizes_are_refused_in_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    spec = importlib.util.spec_from_file_location(f"bench_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    for name in numbers_of(module.Options()):
+        for value in ("-1", *(["0"] if name in ("images", "repeats", "rows", "steps") else [])):
+            monkeypatch.setattr(sys, "argv", [path.name, f"--{name}", value])
+            with pytest.raises(UserError, match=f"--{name} {value}: must be above 0"):
+                module.main()
 
 
 def tiny_images(folder: Path) -> Path:

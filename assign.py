@@ -20,31 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 from clusterssl import config as cfg
 from clusterssl import dist
 from clusterssl.evals import inputs
-from clusterssl.labelling.neighbourhood import NeighbourOptions
-from clusterssl.labelling.pages import PageOptions
-from clusterssl.labelling.reading import ReadingOptions
-from clusterssl.labelling.work import FolderOptions, Options, label_folder
-from clusterssl.log import log_to_screen
+from clusterssl.labelling.work import Options, label_folder
 
 
 @dataclass(frozen=True)
-class Config:
-    folder: FolderOptions = FolderOptions()
-    network: inputs.NetworkOptions = inputs.NetworkOptions()
-    reading: ReadingOptions = ReadingOptions()
-    neighbours: NeighbourOptions = NeighbourOptions()
-    page: PageOptions = PageOptions()
+class Config(Options):
     launch: inputs.LaunchOptions = inputs.LaunchOptions()
-    seed: int = 31
-    """of k-means"""
 
 
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
-    world = config.launch.join()
-    log_to_screen(world)
-    asked = Options(config.network, config.folder, config.reading, config.neighbours, config.page, config.seed)
-    label_folder(asked, world)
+    label_folder(config, config.launch.join())
     dist.leave()
 
 

@@ -54,9 +54,7 @@ def first_setup(config: Config, names: Iterable[str]) -> Setup:
     networks, (first, *others) = config.networks, names
     flags = inputs.NetworkOptions(first, networks.arch, networks.stem, networks.image_size)
     cache = config.cache if config.cache.cache_features else CacheOptions(str(Path(config.dump_path) / "features"))
-    return open_setup(
-        config.launch, flags, config.data, dump_path=config.dump_path, seed=config.seed, cache=cache, or_else=others
-    )
+    return open_setup(config, flags, cache, or_else=others)
 
 
 def main() -> None:

@@ -45,9 +45,7 @@ class Config:
 
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
-    setup = open_setup(
-        config.launch, config.network, config.data, dump_path=config.dump_path, seed=config.seed, cache=config.cache
-    )
+    setup = open_setup(config, config.network, config.cache)
     hierarchies = open_hierarchies(setup, config.clusters)
     for found in find_clusters(setup, config.clusters):
         rows = records(found, hierarchies)

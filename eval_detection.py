@@ -28,7 +28,7 @@ from clusterssl.dist import World
 from clusterssl.evals import detection, detectors, inputs
 from clusterssl.evals.detection_data import DetectionSet, open_sets
 from clusterssl.evals.steps import StepRun
-from clusterssl.log import log_to_screen
+from clusterssl.mirrors import MirrorOptions
 
 logger = logging.getLogger("clusterssl.eval_detection")
 
@@ -37,6 +37,7 @@ logger = logging.getLogger("clusterssl.eval_detection")
 class Config:
     network: inputs.NetworkOptions = inputs.NetworkOptions()
     detection: detection.DetectionOptions = detection.DetectionOptions()
+    mirrors: MirrorOptions = MirrorOptions()
     launch: inputs.LaunchOptions = inputs.LaunchOptions()
 
 
@@ -77,7 +78,7 @@ def train(
         detectors.set_size(model, detectors.scale_of(number, options.seed, options.train_sizes))
         return detection.train_step(model, parameters, samplers, optimizer, number, batch, world.device)
 
-    run = StepRun("eval_detection", options.dump_path, world)
+    run = StepRun("eval_detection", options.dump_path, world, config.mirrors.mirrors)
     facts = {
         "network": network.fingerprint, "num_images": len(images.images), "classes": images.classes,
         "global_batch": options.batch_size * world.size,
@@ -90,7 +91,6 @@ def main() -> None:
     config = cfg.parse(Config, description=__doc__)
     detection.check_metric()
     world = config.launch.join()
-    log_to_screen(world)
     options = config.detection
     images, test = open_sets(options.data_path, options.voc_years, options.detector == "mask_rcnn")
     network = inputs.open_network(config.network, data_path=options.data_path, seed=options.seed)

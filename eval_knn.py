@@ -44,9 +44,7 @@ class Config:
 
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
-    setup = open_setup(
-        config.launch, config.network, config.data, dump_path=config.dump_path, seed=config.seed, cache=config.cache
-    )
+    setup = open_setup(config, config.network, config.cache)
     records = nearest_neighbours(setup, config.knn, config.labels)
     logger.info(
         "k-NN on %s of %s, temperature %g, %d labelled images",

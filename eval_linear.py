@@ -26,6 +26,7 @@ from clusterssl.evals.cache import CacheOptions
 from clusterssl.evals.probing import ClassifierOptions, linear, presets
 from clusterssl.evals.setup import open_setup
 from clusterssl.evals.training import SgdOptions
+from clusterssl.mirrors import MirrorOptions
 
 logger = logging.getLogger("clusterssl.eval_linear")
 
@@ -37,6 +38,7 @@ class Config:
     classifier: ClassifierOptions = ClassifierOptions()
     optim: SgdOptions = SgdOptions()
     cache: CacheOptions = CacheOptions()
+    mirrors: MirrorOptions = MirrorOptions()
     launch: inputs.LaunchOptions = inputs.LaunchOptions()
     dump_path: str = "."
     """run directory; the same command there resumes by itself"""
@@ -46,9 +48,7 @@ class Config:
 
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
-    setup = open_setup(
-        config.launch, config.network, config.data, dump_path=config.dump_path, seed=config.seed, cache=config.cache
-    )
+    setup = open_setup(config, config.network, config.cache, mirrors=config.mirrors)
     config = cfg.parse(Config, [*presets(config.classifier.preset, setup.network.arch), *sys.argv[1:]])
     for record in linear(setup, config.classifier, config.optim, cfg.plain(config)):
         name = f"{record['layer']}: " if "layer" in record else ""

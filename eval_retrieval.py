@@ -28,7 +28,6 @@ from clusterssl.evals.groundtruth import LEVELS
 from clusterssl.evals.ranking import evaluate
 from clusterssl.evals.retrieval import Benchmark, Describer, RetrievalOptions, image_files, ranked
 from clusterssl.evals.vocdevkit import ImageFiles
-from clusterssl.log import log_to_screen
 
 logger = logging.getLogger("clusterssl.eval_retrieval")
 
@@ -85,7 +84,6 @@ def main() -> None:
     words = cfg.translate(sys.argv[1:], {"model": "pretrained", "dataset": "data_path"})
     config = cfg.parse(Config, words, description=__doc__)
     world = config.launch.join()
-    log_to_screen(world)
     benchmark, other = Benchmark(config.retrieval.data_path), other_images(config.retrieval)
     network = inputs.open_network(config.network, data_path=config.retrieval.data_path, seed=config.retrieval.seed)
     report(config, network, benchmark, scores(config, world, network, benchmark, other))

@@ -24,6 +24,7 @@ from clusterssl import dist
 from clusterssl.evals import inputs
 from clusterssl.evals.finetuning import FinetuneOptions, finetune
 from clusterssl.evals.setup import open_setup
+from clusterssl.mirrors import MirrorOptions
 
 logger = logging.getLogger("clusterssl.eval_semisup")
 
@@ -33,6 +34,7 @@ class Config:
     network: inputs.NetworkOptions = inputs.NetworkOptions()
     data: inputs.DataOptions = inputs.DataOptions()
     finetune: FinetuneOptions = FinetuneOptions()
+    mirrors: MirrorOptions = MirrorOptions()
     launch: inputs.LaunchOptions = inputs.LaunchOptions()
     dump_path: str = "."
     """run directory; the same command there resumes by itself"""
@@ -42,7 +44,7 @@ class Config:
 
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
-    setup = open_setup(config.launch, config.network, config.data, dump_path=config.dump_path, seed=config.seed)
+    setup = open_setup(config, config.network, mirrors=config.mirrors)
     for record in finetune(setup, config.finetune, cfg.plain(config)):
         logger.info(
             "%g %% of the labels, %s: top-1 %.2f, top-5 %.2f (epoch %d)",

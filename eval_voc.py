@@ -30,7 +30,7 @@ from clusterssl.evals.average_precision import class_precisions, mean_precisions
 from clusterssl.evals.steps import FREE, StepRun
 from clusterssl.evals.svm import SvmOptions, svm_table
 from clusterssl.evals.vocdevkit import Labelled, read_pair, voc_folder
-from clusterssl.log import log_to_screen
+from clusterssl.mirrors import MirrorOptions
 
 logger = logging.getLogger("clusterssl.eval_voc")
 
@@ -42,6 +42,7 @@ class Config:
     network: inputs.NetworkOptions = inputs.NetworkOptions()
     voc: voc.VocOptions = voc.VocOptions()
     svm: SvmOptions = SvmOptions()
+    mirrors: MirrorOptions = MirrorOptions()
     launch: inputs.LaunchOptions = inputs.LaunchOptions()
 
 
@@ -72,7 +73,7 @@ class Protocol:
             optimizer.param_groups[0]["lr"] = options.lr * 0.5 ** (number // options.stepsize)
             return voc.train_step(net, parameters, optimizer, number, batch, labels_NC)
 
-        run = StepRun("eval_voc", options.dump_path, self.world)
+        run = StepRun("eval_voc", options.dump_path, self.world, self.config.mirrors.mirrors)
         facts = {
             "network": network.fingerprint, "image_size": list(self.size), "num_images": len(self.train.images),
             "classes": self.train.classes, "global_batch": options.batch_size * self.world.size,
@@ -108,7 +109,6 @@ class Protocol:
 def main() -> None:
     config = cfg.parse(Config, cfg.translate(sys.argv[1:], {"model": "pretrained"}), description=__doc__)
     world = config.launch.join()
-    log_to_screen(world)
     options = config.voc
     train, test = read_pair(voc_folder(options.vocdir), options.split, options.data.val_split)
     network = inputs.open_network(config.network, data_path=options.vocdir, seed=options.seed)

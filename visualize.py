@@ -9,7 +9,7 @@ Filters by gradient ascent as in Caron et al. 2018 (https://arxiv.org/abs/1807.0
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
@@ -19,7 +19,6 @@ from clusterssl import dist
 from clusterssl.evals import inputs
 from clusterssl.insight.ascent import AscentOptions
 from clusterssl.insight.work import Look, LookOptions
-from clusterssl.log import log_to_screen
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,8 @@ class Config:
 def main() -> None:
     config = cfg.parse(Config, description=__doc__)
     world = config.launch.join()
-    log_to_screen(world)
-    cfg.require(world.size == 1, "visualize.py works in one process; start it without torchrun or srun -n")
-    network = replace(config.network, pretrained=inputs.checkpoint_of(config.network.pretrained))
-    Look(network, config.look, world, config.seed).write(config.ascent)
+    inputs.require_alone(world, "visualize.py")
+    Look(inputs.of_run(config.network), config.look, world, config.seed).write(config.ascent)
     dist.leave()
 
 

@@ -19,11 +19,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from record import options_of, write_result
 
+import eval_linear
 from clusterssl import config as cfg
 from clusterssl.evals import inputs
 from clusterssl.evals.cache import CacheOptions
@@ -53,9 +55,8 @@ def setup_of(options: Options, folder: str) -> Setup:
     """A network of random weights on synthetic images."""
     network = inputs.NetworkOptions(arch=options.arch, image_size=options.image_size, stem="imagenet")
     data = inputs.DataOptions(data_path=f"synthetic:{options.images}:64x64:10", workers=0)
-    return open_setup(
-        inputs.LaunchOptions(), network, data, dump_path=folder, seed=1, cache=CacheOptions(f"{folder}/features")
-    )  # fmt: skip
+    config = eval_linear.Config(network=network, data=data, dump_path=folder, seed=1)
+    return open_setup(config, network, CacheOptions(f"{folder}/features"))
 
 
 def measure(setup: Setup, how: str, epochs: int) -> dict[str, float]:

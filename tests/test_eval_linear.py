@@ -150,7 +150,7 @@ def test_every_epoch_sees_other_crops_of_every_image() -> None:
     words = [*SYNTHETIC, "--train_augmentation", "rrc", "--batch_size", "16"]
     config = cfg.parse(eval_linear.Config, words)
     sys.argv = ["eval_linear.py", *words]
-    setup = open_setup(config.launch, config.network, config.data, dump_path=".", seed=config.seed)
+    setup = open_setup(config, config.network)
     linear = Probing(setup, config.classifier, config.optim)
     linear.prepare()
     by_image = []

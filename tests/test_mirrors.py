@@ -115,6 +115,20 @@ def test_wandb_continues_one_run_after_a_kill(tmp_path: Path, monkeypatch: pytes
     assert "epoch/loss" in rows[-1] and rows[-1]["epoch/occupied"] > 0
 
 
+@pytest.mark.parametrize("script", ["eval_linear", "eval_semisup"])
+def test_evaluations_that_train_are_copied(script: str, tmp_path: Path) -> None:
+    words = ["--data_path", "digits", "--arch", "conv4w4", "--workers", "0", "--device", "cpu", "--epochs", "2"]
+    words += {"eval_linear": ["--layers", "conv1", "conv4"], "eval_semisup": ["--labels_perc", "20"]}[script]
+    codes, printed = Launched(f"{script}.py", *words, "--tensorboard", "--dump_path", str(tmp_path)).wait()
+    assert codes == [0], printed
+    found, kept = scalars(tmp_path), metrics(tmp_path)
+    assert [record["epoch"] for record in kept] == [1, 2]
+    assert found["train/loss"] == pytest.approx({record["epoch"]: record["loss"] for record in kept})
+    if script == "eval_linear":
+        tops = {record["epoch"]: record["layers"]["conv1"]["top1"] for record in kept}
+        assert found["train/layers/conv1/top1"] == pytest.approx(tops)
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_an_absent_package_is_one_line_before_anything_begins(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -18,7 +18,8 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +37,24 @@ _WAITING = 1000
 """records that may wait for a slow mirror; further ones are left out of it"""
 _CLOSING_S = 30.0
 """seconds that the end of a run waits for its mirrors"""
+
+
+@dataclass(frozen=True)
+class MirrorOptions:
+    """Copies of the records."""
+
+    tensorboard: bool = False
+    """copy the records of metrics.jsonl to TensorBoard, under tensorboard/ in the run directory"""
+    wandb: bool = False
+    """copy them to Weights & Biases; WANDB_PROJECT, WANDB_MODE and its other variables say where and how"""
+
+    def __post_init__(self) -> None:
+        require_packages(self.mirrors)
+
+    @property
+    def mirrors(self) -> tuple[str, ...]:
+        """Where the records of metrics.jsonl are copied to."""
+        return tuple(name for name in MIRRORS if getattr(self, name))
 
 
 class Entry(NamedTuple):
@@ -106,7 +125,7 @@ class Mirrors:
         """Copy a record; returns at once."""
         if self._thread is None:
             return
-        self._step = record.get("step", self._step)
+        self._step = record.get("step", record.get("epoch", self._step))  # evaluations count epochs
         try:
             self._queue.put_nowait(entry_of(record, self._step))
         except queue.Full:
@@ -147,11 +166,21 @@ def entry_of(record: dict[str, Any], step: int) -> Entry:
     """A record of training or of an epoch's end; what are no numbers, and epoch and step themselves, are left out."""
     group = "epoch" if "epoch_end" in record else "train"
     kept = {key: value for key, value in record.items() if key not in ("epoch", "epoch_end", "step", "time")}
-    values = {f"{group}/{key}": float(value) for key, value in kept.items() if isinstance(value, (int, float))}
-    counts = {f"{group}/{key}": value for key, value in kept.items() if isinstance(value, list) and value}
+    named = dict(_flat(kept, group))
+    values = {name: float(value) for name, value in named.items() if isinstance(value, (int, float))}
+    counts = {name: value for name, value in named.items() if isinstance(value, list) and value}
     if record.get("occupancy"):
         values["epoch/occupied"] = sum(count > 0 for count in record["occupancy"]) / len(record["occupancy"])
     return Entry(step, values, counts, time.time())
+
+
+def _flat(record: dict[str, Any], group: str) -> Iterator[tuple[str, Any]]:
+    """Values of a record and of the records in it by their whole names, e.g. train/layers/conv1/top1."""
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{group}/{key}")
+        else:
+            yield f"{group}/{key}", value
 
 
 class _TensorBoard:
@@ -222,4 +251,4 @@ def _kept_id(path: Path) -> str:
 def _highest_step(metrics: Path) -> int:
     """The highest step of a metrics file, 0 where there is none."""
     text = metrics.read_bytes() if metrics.exists() else b""
-    return max(map(int, re.findall(rb'"step": (\d+)', text)), default=0)
+    return max(map(int, re.findall(rb'"(?:step|epoch)": (\d+)', text)), default=0)

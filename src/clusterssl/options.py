@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clusterssl.config import Size, require
-from clusterssl.mirrors import MIRRORS
+from clusterssl.mirrors import MirrorOptions
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class OptimOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(MirrorOptions):
     """Run directory, checkpoints, ranks."""
 
     dump_path: str = "."
@@ -167,10 +167,6 @@ class RunOptions:
     """steps between two records in metrics.jsonl"""
     stop_on_collapse: bool = False
     """end with exit code 2 when the monitor names a collapse, instead of only warning"""
-    tensorboard: bool = False
-    """copy the records of metrics.jsonl to TensorBoard, under tensorboard/ in the run directory"""
-    wandb: bool = False
-    """copy them to Weights & Biases; WANDB_PROJECT, WANDB_MODE and its other variables say where and how"""
     report: bool = True
     """write report.html when the run has ended, with clusters of its images if they are at hand; 3 minutes at most"""
     profile: int = 0
@@ -197,6 +193,7 @@ class RunOptions:
     """accepted and ignored: the launcher says it"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.log_freq > 0, f"--log_freq {self.log_freq}: must be at least 1")
         require(self.profile >= 0, f"--profile {self.profile}: must not be negative")
         require(0 <= self.seed < 2**31, f"--seed {self.seed}: must lie between 0 and {2**31 - 1}")
@@ -204,11 +201,6 @@ class RunOptions:
         require(self.hang_minutes >= 0, f"--hang_minutes {self.hang_minutes}: must not be negative")
         for name in ("timeout_minutes", "join_timeout_seconds"):
             require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be positive")
-
-    @property
-    def mirrors(self) -> tuple[str, ...]:
-        """Where the records of metrics.jsonl are copied to."""
-        return tuple(name for name in MIRRORS if getattr(self, name))
 
 
 def num_views(data: DataOptions) -> int:

@@ -28,7 +28,6 @@ from clusterssl.dist import World
 from clusterssl.feed import Feed
 from clusterssl.log import log_to_screen
 from clusterssl.method import Method
-from clusterssl.mirrors import require_packages
 from clusterssl.models.build import MultiCropNet, build_model, check_crop_sizes, resolve_stem
 from clusterssl.models.weights import init_model
 from clusterssl.optim import build_optimizer, warmup_cosine
@@ -79,9 +78,8 @@ def join(run: RunOptions) -> Iterator[World]:
     """Join the other ranks as the flags say, leave them at the end of the block, and write the page of what was done.
 
     Raises:
-        UserError: see `dist.join`; a package that a flag needs is absent.
+        UserError: see `dist.join`.
     """
-    require_packages(run.mirrors)
     keep_freed_memory()
     world = dist.join(
         device=run.device, dist_url=run.dist_url, timeout_s=60 * run.timeout_minutes,

@@ -171,7 +171,7 @@ def finetune(
         Stopped: a signal asked for it.
     """
     tuning = Finetuning(setup, options)
-    run = ClassifierRun("eval_semisup", dump_path or setup.dump_path, setup.world)
+    run = ClassifierRun("eval_semisup", dump_path or setup.dump_path, setup.world, setup.mirrors)
     run.open({key: value for key, value in flags.items() if key != "label_list"}, tuning.facts())
     each = options.batch_size * setup.world.size
     steps = -(-len(tuning.chosen) // each) * options.epochs

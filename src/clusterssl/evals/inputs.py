@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from clusterssl.data.source import Source
 from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.files import first_line
+from clusterssl.log import log_to_screen
 from clusterssl.models.build import build_backbone, check_crop_sizes, resolve_stem
 from clusterssl.models.identify import describe
 from clusterssl.models.weights import load_backbone_state, read_weights
@@ -94,8 +95,10 @@ class LaunchOptions:
         require(seconds > 0, f"--join_timeout_seconds {seconds}: must be positive")
 
     def join(self) -> World:
-        """Join the other ranks as the flags say."""
-        return dist.join(device=self.device, dist_url=self.dist_url, join_timeout_s=self.join_timeout_seconds)
+        """Join the other ranks as the flags say, and show what is logged."""
+        world = dist.join(device=self.device, dist_url=self.dist_url, join_timeout_s=self.join_timeout_seconds)
+        log_to_screen(world)
+        return world
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,17 @@ def open_network(
     return Network(backbone, arch, stem, image_size, fingerprint(backbone), pixel_std(state))
 
 
-def checkpoint_of(path: str) -> str:
-    """The checkpoint file of a run directory; any other path or address as it is."""
-    folder = Path(path).expanduser()
-    return str(folder / "checkpoint.pth.tar") if path and folder.is_dir() else path
+def of_run(flags: NetworkOptions) -> NetworkOptions:
+    """The same with the checkpoint of a run where its directory is named."""
+    folder = Path(flags.pretrained).expanduser()
+    return (
+        replace(flags, pretrained=str(folder / "checkpoint.pth.tar")) if flags.pretrained and folder.is_dir() else flags
+    )
+
+
+def require_alone(world: World, script: str) -> None:
+    """Refuse to work on several ranks."""
+    require(world.size == 1, f"{script} works in one process; start it without torchrun or srun -n")
 
 
 def pixel_std(state: Mapping[str, Any]) -> tuple[float, float, float]:

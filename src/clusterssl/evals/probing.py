@@ -253,7 +253,7 @@ def linear(
         Stopped: a signal asked for it.
     """
     probing = Probing(setup, options, optim)
-    run = ClassifierRun("eval_linear", dump_path or setup.dump_path, setup.world)
+    run = ClassifierRun("eval_linear", dump_path or setup.dump_path, setup.world, setup.mirrors)
     run.open(flags, probing.facts())
     probing.prepare()
     best = run.fit(probing.classifier, probing.optimizer, optim.epochs, probing.epoch, len(probing.chosen))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.evals import inputs
 from clusterssl.evals.cache import CacheOptions, Extraction
-from clusterssl.log import log_to_screen
+from clusterssl.mirrors import MirrorOptions
 from clusterssl.models.headed import HeadedNet
 from clusterssl.models.network import Network as WholeNetwork
 from clusterssl.models.weights import model_from_weights
@@ -76,6 +76,8 @@ class Setup:
     cache: CacheOptions
     dump_path: str
     seed: int
+    mirrors: tuple[str, ...] = ()
+    """of the records of a training"""
 
     def extraction(
         self, network: nn.Module | None = None, part: str = "backbone", batch_size: int = 256, *,
@@ -114,34 +116,47 @@ class Setup:
         return replace(self, network=network)
 
 
+class Config(Protocol):
+    """Flags of every script that works on a setup."""
+
+    @property
+    def data(self) -> inputs.DataOptions: ...
+    @property
+    def launch(self) -> inputs.LaunchOptions: ...
+    @property
+    def dump_path(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
 def open_setup(
-    launch: inputs.LaunchOptions, network: inputs.NetworkOptions, data: inputs.DataOptions, *, dump_path: str,
-    seed: int, cache: CacheOptions | None = None, or_else: Sequence[str] = (),
+    config: Config, network: inputs.NetworkOptions, cache: CacheOptions | None = None, *,
+    mirrors: MirrorOptions | None = None, or_else: Sequence[str] = (),
 ) -> Setup:  # fmt: skip
     """Join the other ranks, open the images and the network.
 
     Args:
-        launch: how the ranks meet.
+        config: how the ranks meet, the images, where results go, the seed of everything random.
         network: its checkpoint and what it does not tell.
-        data: the images.
-        dump_path: where results go.
-        seed: of everything random.
         cache: where features are kept.
+        mirrors: where the records of a training are copied to.
         or_else: checkpoints to open instead, the first that can be read.
 
     Raises:
         UserError: see `inputs.open_splits` and `inputs.open_network`; or `dump_path` cannot be written.
     """
-    world = launch.join()
-    log_to_screen(world)
-    train, val = inputs.open_splits(data)
+    world = config.launch.join()
+    train, val = inputs.open_splits(config.data)
     problems = []
     for flags in (network, *(replace(network, pretrained=other) for other in or_else)):
         try:
-            opened = inputs.open_network(flags, data_path=data.data_path, seed=seed)
+            opened = inputs.open_network(flags, data_path=config.data.data_path, seed=config.seed)
         except UserError as error:
             problems.append(error)
             continue
-        inputs.check_writable(dump_path)
-        return Setup(world, opened, train, val, flags, data, cache or CacheOptions(), dump_path, seed)
+        inputs.check_writable(config.dump_path)
+        return Setup(
+            world, opened, train, val, flags, config.data, cache or CacheOptions(), config.dump_path, config.seed,
+            mirrors.mirrors if mirrors else (),
+        )  # fmt: skip
     raise UserError("; ".join(dict.fromkeys(map(str, problems))))

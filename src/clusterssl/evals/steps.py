@@ -26,7 +26,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _STEPS_BETWEEN_AGREEMENTS = 10
 _IMMATERIAL = """
     data_path vocdir cocodir pretrained arch stem image_size workers batch_size dump_path device dist_url world_size
-    rank local_rank checkpoint_every
+    rank local_rank checkpoint_every tensorboard wandb
 """
 FREE = frozenset(_IMMATERIAL.split())
 """flags that may differ when a run is resumed: the network, the global batch and the images are compared instead"""
@@ -68,9 +68,9 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 class StepRun:
     """One network on its way through its optimiser steps."""
 
-    def __init__(self, name: str, folder: str, world: World) -> None:
-        """Name the kind of evaluation and the directory; nothing is written before `open`."""
-        self.name, self.run, self.world = name, Run(folder, world), world
+    def __init__(self, name: str, folder: str, world: World, mirrors: Sequence[str] = ()) -> None:
+        """Name the kind of evaluation, the directory, where records are copied; nothing is written before `open`."""
+        self.name, self.run, self.world = name, Run(folder, world, mirrors), world
 
     def open(self, flags: dict[str, Any], facts: dict[str, Any], free: frozenset[str] = FREE) -> None:
         """Check that the directory is this run's or free, and record this start.
@@ -99,6 +99,7 @@ class StepRun:
             Stopped: a signal asked for it; the step under way was finished and saved.
         """
         done = self._resume(model, optimizer)
+        self.run.begin(done)
         losses, shown, shown_at = [], time.monotonic(), done
         stream = batches(done) if done < total else iter(())
         with StopRequest() as request:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _IMMATERIAL = """
     data_path pretrained arch stem image_size workers batch_size train_augmentation dump_path device dist_url
-    join_timeout_seconds world_size rank local_rank cache_features
+    join_timeout_seconds world_size rank local_rank cache_features tensorboard wandb
 """
 FREE = frozenset(_IMMATERIAL.split())
 """flags that may differ when a run is resumed: the network, the global batch and the images are compared instead"""
@@ -84,9 +84,9 @@ class SgdOptions:
 class ClassifierRun:
     """One classifier on its way through the epochs, in its run directory."""
 
-    def __init__(self, name: str, folder: str, world: World) -> None:
-        """Name the kind of evaluation and the directory; nothing is written before `open`."""
-        self.name, self.run, self.world = name, Run(folder, world), world
+    def __init__(self, name: str, folder: str, world: World, mirrors: Sequence[str] = ()) -> None:
+        """Name the kind of evaluation, the directory, where records are copied; nothing is written before `open`."""
+        self.name, self.run, self.world = name, Run(folder, world, mirrors), world
         self.best: dict[str, Any] = {}
         self.best_layers: dict[str, dict[str, Any]] = {}
 
@@ -122,6 +122,7 @@ class ClassifierRun:
             Stopped: a signal asked for it; the epoch under way was finished and saved.
         """
         start = self._resume(classifier, optimizer)
+        self.run.begin(start)
         with StopRequest() as request:
             for epoch in range(start, epochs):
                 began = time.monotonic()

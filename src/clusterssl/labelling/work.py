@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clusterssl import dist
 from clusterssl.config import require
 from clusterssl.data import Source, open_source
 from clusterssl.dist import World
@@ -56,12 +55,13 @@ class FolderOptions:
 class Options:
     """All that is asked for."""
 
-    network: inputs.NetworkOptions
-    folder: FolderOptions
-    reading: ReadingOptions
-    neighbours: NeighbourOptions
-    page: PageOptions
-    seed: int
+    folder: FolderOptions = FolderOptions()
+    network: inputs.NetworkOptions = inputs.NetworkOptions()
+    reading: ReadingOptions = ReadingOptions()
+    neighbours: NeighbourOptions = NeighbourOptions()
+    page: PageOptions = PageOptions()
+    seed: int = 31
+    """of k-means"""
 
 
 def label_folder(options: Options, world: World) -> None:
@@ -74,7 +74,7 @@ def label_folder(options: Options, world: World) -> None:
     if folder.labels:
         _export(options)
         return
-    require(dist.size() == 1, "assign.py works in one process; start it without torchrun or srun -n")
+    inputs.require_alone(world, "assign.py")
     require(bool(options.network.pretrained), "--pretrained: name the checkpoint, or the directory of the run")
     require(bool(folder.images), "--images: name the folder of images to label")
     require(bool(folder.out), "--out: name the folder of the results")
@@ -83,8 +83,9 @@ def label_folder(options: Options, world: World) -> None:
         tables.check_links(source)
     asked = near.pictures(options.neighbours.near)
     _check_out(out, folder.images)
-    flags = replace(options.network, pretrained=inputs.checkpoint_of(options.network.pretrained))
-    reader, network = open_reader(flags, options.reading, device=world.device, seed=options.seed)
+    reader, network = open_reader(
+        inputs.of_run(options.network), options.reading, device=world.device, seed=options.seed
+    )
     k = _number(folder.k, reader, len(source))
     scan = Scan(out / "features", facts_of(reader, source, network, options.reading))
     workers = inputs.DataOptions(data_path=folder.images, workers=folder.workers).usable_workers

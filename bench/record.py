@@ -20,7 +20,7 @@ from clusterssl import config as cfg
 C = TypeVar("C")
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "timm", "lightly", "faiss-cpu", "kornia", "albumentations")
-MAY_BE_ZERO = ("workers", "k", "seed", "seeds", "latency_us")
+MAY_BE_ZERO = ("workers", "k", "seed", "seeds", "latency_us", "local_latency_us", "memory_rows")
 """flags whose 0 means something though their default is another"""
 
 

@@ -26,13 +26,7 @@ slow: $(INSTALLED) ## the tests that take minutes (two files at a time)
 HARDWARE ?= here
 bench: $(INSTALLED) ## measure what needs no GPU, under 10 minutes; CLUSTERSSL_DATA names the folder of photographs
 	@$(BIN) -m uv pip install --quiet --python $(BIN) --constraint constraints.txt --requirement pyproject.toml --extra bench
-	@$(BIN) bench/sinkhorn.py --ranks 1 2 --repeats 9 --out bench/results/sinkhorn-$(HARDWARE).json
-	@$(BIN) bench/kmeans.py --repeats 3 --out bench/results/kmeans-$(HARDWARE).json
-	@$(BIN) bench/data_path.py --images 24 --out bench/results/data_path-$(HARDWARE).json
-	@$(BIN) bench/augment.py --images 12 --out bench/results/augment-$(HARDWARE).json
-	@$(BIN) bench/loader.py --batches 10 --out bench/results/loader-$(HARDWARE).json
-	@$(BIN) bench/train_step.py --repeats 3 --out bench/results/train_step-$(HARDWARE).json
-	@$(BIN) bench/readme.py
+	@$(BIN) bench/suite.py --hardware $(HARDWARE) $(ARGS)
 
 docs: $(INSTALLED) ## the documentation as a site, site/index.html; a broken link is an error
 	@$(BIN) -m uv pip install --quiet --python $(BIN) --constraint constraints.txt --requirement pyproject.toml --extra docs

@@ -9,7 +9,7 @@ import runpy
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +106,44 @@ def numbers_of(options: Any) -> Iterator[str]:
 MEASURING = [path for path in sorted(BENCH.glob("*.py")) if "write_result(Path(" in path.read_text()]
 
 
-@pytest.mark.parametrize("path", MEASURING, ids=lambda path: path.stem)
-def test_nonsense_sizes_are_refused_in_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
+    """A bench as a module."""
     monkeypatch.syspath_prepend(str(BENCH))
-    spec = importlib.util.spec_from_file_location(f"bench_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+
+    def load(path: Path) -> Any:
+        spec = importlib.util.spec_from_file_location(f"bench_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.mark.parametrize("path", MEASURING, ids=lambda path: path.stem)
+def test_nonsense_sizes_are_refused_in_one_line(
+    path: Path, script: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script(path)
     for name in numbers_of(module.Options()):
         for value in ("-1", *(["0"] if name in ("images", "repeats", "rows", "steps") else [])):
             monkeypatch.setattr(sys, "argv", [path.name, f"--{name}", value])
             with pytest.raises(UserError, match=f"--{name} {value}: must be above 0"):
                 module.main()
+
+
+def test_the_suite_asks_for_what_the_benches_accept(
+    script: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = script(BENCH / "suite.py")
+    for name, words in suite.BENCHES.items():
+        module = script(BENCH / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words.split(), "--out", "x.json"])
+        options = sys.modules["record"].options_of(module.Options, "")
+        assert options.out == "x.json" and (name not in suite.PHOTOGRAPHS or hasattr(options, "data_path"))
 
 
 def tiny_images(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import torch
 from clusterssl import optim
 from clusterssl.models.selfclassifier import WeightNormLinear
 from clusterssl.optim import LARS, build_optimizer, decay_groups, warmup_cosine
+from clusterssl.options import OptimOptions
 from tests.golden_files import Golden
 
 LARC = Golden("larc_sgd")
@@ -154,3 +155,16 @@ def test_each_gradient_is_clipped_by_itself(name: str) -> None:
         plain.step()
         for p, twin in zip(params, twins, strict=True):
             torch.testing.assert_close(p, twin)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup"), [(1, 10), (9, 10), (10, 10), (11, 10), (30, 10), (1, 1), (5, 0), (25, 25)]
+)
+def test_no_run_ends_at_its_highest_rate(epochs: int, warmup: int) -> None:
+    usable = OptimOptions(epochs=epochs, warmup_epochs=warmup).usable_warmup
+    rates = [
+        warmup_cosine(step, steps_per_epoch=20, epochs=epochs, warmup_epochs=usable, start=0.0, base=1.0, final=0.0)
+        for step in range(20 * epochs)
+    ]
+    assert max(rates) == 1.0 and rates[-1] < 0.01
+    assert rates.index(1.0) <= 20 * min(warmup, epochs / 10 if warmup >= epochs else warmup)

@@ -128,7 +128,7 @@ class OptimOptions:
     wd: float = 1e-6
     """weight decay"""
     warmup_epochs: int = 10
-    """epochs of linear warm-up; a run shorter than that warms up for a tenth of its epochs"""
+    """epochs of linear warm-up; a run that is no longer than that warms up for a tenth of its epochs"""
     start_warmup: float = 0.0
     """learning rate at the start of the warm-up"""
     clip_grad: float = 0.0
@@ -149,8 +149,8 @@ class OptimOptions:
 
     @property
     def usable_warmup(self) -> int:
-        """Epochs of warm-up; a tenth of a run that is shorter than the warm-up asked for."""
-        return self.warmup_epochs if self.warmup_epochs <= self.epochs else self.epochs // 10
+        """Epochs of warm-up; a tenth of a run that would end in the warm-up asked for, at the highest rate."""
+        return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs // 10
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,9 @@ def _tell(config: PretrainConfig, loader: Loader, model: nn.Module, world: World
     )  # fmt: skip
     optim = config.optim
     if optim.usable_warmup != optim.warmup_epochs:
-        logger.info("--warmup_epochs %d: longer than the run, using %d", optim.warmup_epochs, optim.usable_warmup)
+        logger.info(
+            "--warmup_epochs %d: as long as the run or longer, using %d", optim.warmup_epochs, optim.usable_warmup
+        )
     cores = os.cpu_count() or 1
     if config.data.workers > cores:
         logger.info("--workers %d: this machine has %d cores, using %d", config.data.workers, cores, cores)

@@ -145,3 +145,26 @@ def test_the_table_is_of_whole_epochs(clock: Clock, monkeypatch: pytest.MonkeyPa
         ["0", "2.5000", "0.003", "2/4", "4", "25%", "20", "s"],
         ["1", "2.5000", "0.003", "2/4", "4", "25%", "0", "s"],
     ]
+
+
+@pytest.mark.parametrize("steps", [5, 1])
+def test_the_first_steps_of_a_start_foretell_nothing(steps: int, clock: Clock) -> None:
+    progress = Progress(1000, 400, 8, ALONE)
+    shown: dict[int, tuple[float, str]] = {}
+
+    def batches() -> Iterator[int]:
+        for step in range(401, 421):
+            clock.now += 30 if step == 401 else 0.5
+            yield step
+
+    for step in progress.timed(batches()):
+        clock.now += 120 if step == 401 else 1.5
+        if step % steps == 0:
+            shown[step] = (progress.rates(step)["images_per_s"], progress._to_go(step))
+    if steps == 1:
+        assert shown.pop(401) == (round(8 / 150, 1), "?")
+        assert shown.pop(402)[0] == 4
+    assert {step: speed for step, (speed, _) in shown.items()} == dict.fromkeys(shown, 4)
+    assert {step: left for step, (_, left) in shown.items()} == {
+        step: f"{(1000 - step) * 2 // 60} min {(1000 - step) * 2 % 60} s" for step in shown
+    }

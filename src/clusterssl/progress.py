@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from clusterssl.dist import World
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 10.0
+_FIRST_STEPS = 2
+"""of a start, which compile, choose kernels, take up memory and wait for workers: no speed is judged by them"""
 _LONG_WAIT = 0.1
 """share of the time waiting for data above which something is said"""
 _JUDGED_SECONDS = 30.0
@@ -33,15 +36,23 @@ class Progress:
     ) -> None:
         """Args: optimiser steps in all and already done, images of a step over all ranks, what would load faster."""
         self._faster, self._judged, self._judged_wait = faster, 0.0, 0.0
-        self._total, self._images, self._main = total, images_per_step, world.is_main
-        self._start, self._first = time.monotonic(), done
-        self._since, self._since_step, self._waited = self._start, done, 0.0
+        self._total, self._images, self._main, self._device = total, images_per_step, world.is_main, world.device
+        self._seen, self._headed = 0, False
+        """steps of this start"""
+        self._measure_from(done)
         self._shown = self._start
-        self._epoch: tuple[float, int, float] = (self._start, done, 0.0)
-        """time, step and seconds waited for data at the last row of the table"""
-        self._waited_before, self._headed = 0.0, False
         on_terminal = world.is_main and sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns > 0
         self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if on_terminal else None
+
+    def _measure_from(self, step: int) -> None:
+        """Forget all times."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._start, self._first = time.monotonic(), step
+        self._since, self._since_step, self._waited = self._start, step, 0.0
+        self._epoch: tuple[float, int, float] = (self._start, step, 0.0)
+        """time, step and seconds waited for data at the last row of the table"""
+        self._waited_before = 0.0
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """Pass batches on and measure how long each was waited for."""
@@ -54,6 +65,9 @@ class Progress:
                 return
             self._waited += time.monotonic() - began
             yield batch
+            self._seen += 1
+            if self._seen == _FIRST_STEPS:
+                self._measure_from(self._first + _FIRST_STEPS)
             if self._bar is not None:
                 self._bar.update()
 
@@ -127,7 +141,9 @@ class Progress:
         self._headed = True
 
     def _to_go(self, step: int) -> str:
-        """Time until the last step, at the speed since the start."""
+        """Time until the last step, at the speed since the first steps of this start."""
+        if step < self._total and self._seen < _FIRST_STEPS:
+            return "?"
         return duration((time.monotonic() - self._start) / max(step - self._first, 1) * (self._total - step))
 
     def close(self) -> None:

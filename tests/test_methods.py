@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from clusterssl import hub
+from clusterssl import checkpoint, config, hub
+from clusterssl.data import Loader
 from clusterssl.errors import UserError
 from clusterssl.files import read_checkpoint
 from clusterssl.models.weights import model_from_weights
+from clusterssl.plan.blueprint import read_script
+from clusterssl.report.records import RunRecord
+from clusterssl.report.verdict import verdict
 from tests.launch import ROOT, Launched, metrics
 
 SHARED = [
@@ -167,3 +174,21 @@ def test_numbers_that_do_not_fit_are_refused_in_one_line(name: str, flags: str, 
 def test_every_method_is_tested() -> None:
     scripts = {path.name for path in ROOT.glob("main_*.py")}
     assert {script for script, _, _ in METHODS.values()} == scripts
+
+
+@pytest.mark.parametrize("name", [*METHODS, "labels"])
+def test_advice_names_flags_that_the_script_has(name: str, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text("path,head0\na.jpg,0\nb.jpg,3\n")
+    script, flags, _ = {**METHODS, "labels": ("train_on_labels.py", ["--labels", str(labels)], [])}[name]
+    plan = read_script(ROOT / script, flags, 1, 1)
+    method = plan.make_method.func if isinstance(plan.make_method, functools.partial) else plan.make_method
+    assert "--base_lr" in method.remedies
+    steps = [
+        {"step": at, "loss": loss, "ln_k": 4.0, "rankme": rank} for at, rank in ((1, 9), (2, 1)) for loss in (4, 9)
+    ]
+    about = {"config": config.plain(plan.config), "facts": {"steps_per_epoch": 10}}
+    page = [remark.text for step in steps for remark in verdict(RunRecord(Path("r"), "r", about=about, steps=[step]))]
+    shared = [inspect.getsource(part) for part in (checkpoint.way_back, Loader.faster)]
+    named = set(re.findall(r"--([a-z]\w+)", " ".join([method.remedies, *page, *shared]))) - {"short_side"}
+    assert named <= {flag.name for flag in config.flags(plan.config)}

@@ -18,9 +18,14 @@ def test_a_run_that_learns_is_fine(tmp_path: Path) -> None:
 
 
 def test_a_collapsed_run_is_named(tmp_path: Path) -> None:
-    remarks = verdict(read_run(write_run(tmp_path / "run", curve=[math.log(30)] * 40)))
+    flags = {"epochs": 2, "epsilon": 0.05, "freeze_prototypes_niters": 313}
+    facts = {"steps_per_epoch": 20}
+    run = write_run(tmp_path / "run", curve=[math.log(30)] * 41, config=flags, facts=facts)
+    remarks = verdict(read_run(run))
     assert [remark.kind for remark in remarks] == ["bad", "bad", "bad", "good"]
-    assert "--epsilon" in remarks[0].text
+    assert remarks[0].text.endswith("Try a smaller --epsilon, another --base_lr.")
+    longer = write_run(tmp_path / "longer", curve=[math.log(30)] * 41, config={**flags, "epochs": 20}, facts=facts)
+    assert "a longer --freeze_prototypes_niters" in verdict(read_run(longer))[0].text
 
 
 def test_one_lucky_step_at_the_end_is_not_learning(tmp_path: Path) -> None:
@@ -35,7 +40,8 @@ def falling(ranks: list[float], *, prototypes: int = 60, end: float = 0.8) -> li
         {"step": at, "loss": level * (1 + (end - 1) * at / len(ranks)), "ln_k": level, "rankme": rank}
         for at, rank in enumerate(ranks, 1)
     ]
-    return [tuple(remark) for remark in verdict(RunRecord(Path("r"), "r", steps=steps))]  # type: ignore[misc]
+    about = {"config": {"epsilon": 0.05}}
+    return [tuple(remark) for remark in verdict(RunRecord(Path("r"), "r", about=about, steps=steps))]  # type: ignore[misc]
 
 
 def test_too_large_a_learning_rate_is_named_by_the_directions_it_costs() -> None:

@@ -89,10 +89,16 @@ def _loss(run: RunRecord) -> Remark | None:
             return Remark("note", f"{text}; this early it may be.")
         return Remark(
             "bad",
-            f"{text}: it has not learned. "
-            "Try a smaller --epsilon, a longer --freeze_prototypes_niters, another --base_lr.",
+            f"{text}: it has not learned. Try {_sharper(run)}another --base_lr.",
         )
     return Remark("good", f"The loss fell to {end:.3f}, {1 - end / ln_k:.0%} below {compared}.")
+
+
+def _sharper(run: RunRecord) -> str:
+    """What helps assignments away from ln K, of the flags that the run's method has."""
+    config = run.about.get("config") or {}
+    freezes = config.get("freeze_prototypes_niters", math.inf) < planned_steps(run)
+    return "a smaller --epsilon, " * ("epsilon" in config) + "a longer --freeze_prototypes_niters, " * freezes
 
 
 def _prototypes(run: RunRecord) -> Remark | None:

@@ -11,12 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "clusterssl"
-BASE = {"errors", "files", "dist", "config", "rng", "pulse"}
+BASE = {"errors", "files", "dist", "config", "rng", "pulse", "room"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "rng": set(),
     "pulse": set(),
+    "room": {"dist"},
     "config": {"errors"},
     "rendezvous": {"errors", "files"},
     "interfaces": set(),

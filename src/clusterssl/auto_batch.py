@@ -23,18 +23,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from clusterssl import child, dist
-from clusterssl.data.cache import available_bytes
 from clusterssl.dist import World
 from clusterssl.errors import UserError
 from clusterssl.optim import build_optimizer
 from clusterssl.precision import Precision
+from clusterssl.room import usable_bytes
 
 logger = logging.getLogger(__name__)
 
 C = TypeVar("C")
 
-USABLE = {"cuda": 0.9, "cpu": 0.5}
-"""share of the free memory for tensors; workspaces and gaps between blocks take the rest, as much again on a CPU"""
 FIRST_STEP = 2**27
 """bytes of libraries that a process without a GPU has not loaded before its first step"""
 FEWEST_STEPS = 10
@@ -155,8 +153,7 @@ def with_batch(
         chosen, factor = _as_before(config, before, world.size), before.get(FACTOR, 1.0)
         _tell(config, chosen, factor, "as at the first start")
         return chosen, {FACTOR: factor}
-    free = torch.cuda.mem_get_info(world.device)[0] if world.device.type == "cuda" else _share_of_memory()
-    limit = float(dist.all_reduce_(torch.tensor(USABLE[world.device.type] * free, dtype=torch.float64), "min"))
+    limit = float(dist.all_reduce_(torch.tensor(_room_for_tensors(world.device), dtype=torch.float64), "min"))
     most = max(images // (FEWEST_STEPS * optim.accumulate * world.size), 1)
     batch = _planned(images, world, limit, most)
     if world.device.type == "cuda":
@@ -187,8 +184,10 @@ def _tried(config: Any, batch: int, world: World, make_model: Callable[[Any], An
     return int(dist.all_reduce_(torch.tensor(batch), "min"))
 
 
-def _share_of_memory() -> float:
-    return max(available_bytes() / dist.local_size() - FIRST_STEP, 0.0)
+def _room_for_tensors(device: torch.device) -> float:
+    """Bytes; on a CPU workspaces and gaps between blocks take as much again."""
+    usable = usable_bytes(device)
+    return usable if device.type == "cuda" else max(usable - FIRST_STEP, 0.0) / 2
 
 
 def _planned(images: int, world: World, limit: float, most: int) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clusterssl import room
 from clusterssl.data import BadImageError, Loader, MultiCrop, fingerprint, open_source
 from clusterssl.data import cache as module
 from clusterssl.data.cache import CachedFiles, CachedSource
@@ -112,6 +113,6 @@ def test_ram_keeps_small_images_beyond_the_limit_of_auto(small: Path, monkeypatc
 def test_ram_is_refused_where_it_does_not_fit(large: bool, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if large:
         Image.effect_noise((300, 200), 50).save(small / "1.png")
-    monkeypatch.setattr(module, "available_bytes", lambda: 2000.0)
-    with pytest.raises(UserError, match="--cache ram: 1 ranks on this machine need"):
+    monkeypatch.setattr(room, "free_bytes", lambda: 2000.0)
+    with pytest.raises(UserError, match="--cache ram: each of 1 ranks on this machine needs"):
         open_source(str(small), cache="ram")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from clusterssl import room
 from clusterssl.data import Batch, Loader, MultiCrop, Resident, Source, open_source, reside
 from clusterssl.data import resident as module
 from clusterssl.errors import UserError
@@ -95,7 +96,7 @@ def test_the_global_generator_is_left_alone(held: Held) -> None:
 
 
 def test_too_little_room_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_free_bytes", lambda device: 3 * 32 * 32 * 100 / module.USABLE)
+    monkeypatch.setattr(module, "usable_bytes", lambda device: 2 * 3 * 32 * 32 * 100)
     reside(open_source("digits", limit=100), CPU)
     monkeypatch.setattr(module, "_PIECE_BYTES", 3 * 32 * 32 * 64)
     with pytest.raises(UserError, match=r"--cache device: 128 of 200 images .* of what is free on cpu") as told:
@@ -137,9 +138,8 @@ def test_no_piece_stays_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_workers_that_hold_too_much_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "available_bytes", lambda: 8.0 * module._IN_FLIGHT * 3 * 32 * 32 * 25)
+    monkeypatch.setattr(room, "free_bytes", lambda: 8 * 225 * 3 * 32 * 32 / room.USABLE["cpu"])
     monkeypatch.setattr(module, "_PIECE_IMAGES", 25)
-    monkeypatch.setattr(module, "_free_bytes", lambda device: 1e12)
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))
     source = open_source("digits", limit=100)
@@ -168,7 +168,7 @@ def test_no_readable_image_is_refused(tmp_path: Path) -> None:
 def crowded(rank: int, world_size: int) -> str:
     """One rank's device has no room."""
     if rank == 1:
-        module._free_bytes = lambda device: 1000.0  # type: ignore[assignment]
+        module.usable_bytes = lambda device: 1000.0  # type: ignore[assignment]
     try:
         reside(open_source("digits", limit=10), CPU)
     except UserError as error:

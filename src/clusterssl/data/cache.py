@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,13 +19,12 @@ from torch import Tensor
 from clusterssl import dist
 from clusterssl.data.decode import BadImageError, decode
 from clusterssl.errors import UserError
+from clusterssl.room import HOST, usable_bytes
 
 Cache = Literal["auto", "ram", "device", "none"]
 MAX_IMAGE_BYTES = 3 * 96 * 96
 MAX_BYTES = 2**30
 _PROBES = 8
-_USABLE = 0.8
-"""share of the free memory that a cache may take"""
 
 
 class _Cache:
@@ -163,30 +161,10 @@ def _size(source: Any, i: int) -> int:
 
 
 def _check_memory(wanted: int) -> None:
-    ranks = dist.local_size()
-    free = available_bytes()
-    if wanted * ranks > _USABLE * free:
+    usable = usable_bytes(HOST)
+    if wanted > usable:
         raise UserError(
-            f"--cache ram: {ranks} ranks on this machine need {wanted * ranks / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB of memory are free; leave --cache away, or pack smaller images "
+            f"--cache ram: each of {dist.local_size()} ranks on this machine needs {wanted / 2**30:.1f} GiB, of "
+            f"{usable / 2**30:.1f} GiB of free memory that it may take; leave --cache away, or pack smaller images "
             "(python -m clusterssl.data.pack SRC DST --short_side 256)"
         )
-
-
-def available_bytes() -> float:
-    """Memory that this process may still take up; infinite where the system does not say."""
-    available = float("inf")
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    with contextlib.suppress(OSError, ValueError):  # containers
-        group = Path("/sys/fs/cgroup")
-        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        available = min(available, most - used)
-    with contextlib.suppress(OSError, ValueError, ImportError):  # ulimit -v
-        import resource
-
-        most, used = resource.getrlimit(resource.RLIMIT_AS)[0], int(Path("/proc/self/statm").read_text().split()[0])
-        if most != resource.RLIM_INFINITY:
-            available = min(available, most - used * resource.getpagesize())
-    return max(available, 0.0)

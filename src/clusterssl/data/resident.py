@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clusterssl import dist, pulse
-from clusterssl.data.cache import available_bytes
 from clusterssl.data.dataset import Batch, Key, MultiCropDataset, load_or_neighbour
 from clusterssl.data.decode import BadImageError
 from clusterssl.data.devicecrops import Pixels, device_crops
@@ -25,11 +24,10 @@ from clusterssl.data.loader import Failure, checked, quiet_worker, same
 from clusterssl.data.multicrop import MultiCrop
 from clusterssl.data.source import Source
 from clusterssl.errors import UserError
+from clusterssl.room import HOST, usable_bytes
 
 logger = logging.getLogger(__name__)
 
-USABLE = 0.4
-"""share of the device's free memory that the images may take"""
 _PIECE_BYTES, _PIECE_IMAGES = 2**24, 256  # whichever comes first; the last image may exceed the bytes
 _IN_FLIGHT = 5
 """pieces a worker holds: two that wait, the one it decodes, and copies on their way"""
@@ -138,8 +136,8 @@ def reside(source: Source, device: torch.device, workers: int = 0) -> Resident:
         workers: processes that decode; 0: this one.
 
     Raises:
-        UserError: they take more than `USABLE` of the device's free memory, or more of the host's than is free on
-            their way there, on any rank; or none can be read.
+        UserError: they take more memory of the device, or on their way there of the host, than a rank may take; or
+            none can be read.
         DataGone: they are out of reach.
     """
     problem, found, began = None, None, time.monotonic()
@@ -157,7 +155,7 @@ def reside(source: Source, device: torch.device, workers: int = 0) -> Resident:
 
 
 def _read(source: Source, device: torch.device, workers: int) -> Resident:
-    room = USABLE * _free_bytes(device)
+    room = usable_bytes(device) / 2  # they are there twice when the pieces are joined
     height_N, width_N, start_N = np.zeros((3, len(source)), dtype=np.int64)
     parts: list[Tensor] = []
     reasons: dict[int, str] = {}
@@ -172,7 +170,7 @@ def _read(source: Source, device: torch.device, workers: int) -> Resident:
         if taken > room:
             raise UserError(
                 f"--cache device: {count} of {len(source)} images take {taken / 2**30:.2f} GiB, and "
-                f"{room / 2**30:.2f} GiB ({USABLE:.0%} of what is free on {device}) may be used; {_REMEDY}"
+                f"{room / 2**30:.2f} GiB of what is free on {device} may be used; {_REMEDY}"
             )
         _check_host(largest, workers)
         parts.append(torch.from_numpy(piece.flat_P3).to(device))
@@ -196,17 +194,11 @@ def _pieces(source: Source, workers: int) -> Iterator[_Piece]:
 
 
 def _check_host(largest: int, workers: int) -> None:
-    """Refuses workers that may hold more on its way to the device than this rank's share of the host's free memory."""
-    ranks = dist.local_size()
-    wanted, free = _IN_FLIGHT * workers * largest, available_bytes() / ranks
-    if wanted > free:
+    """Refuses workers that may hold more on its way to the device than this rank may take of the host's memory."""
+    wanted, usable = _IN_FLIGHT * workers * largest, usable_bytes(HOST)
+    if wanted > usable:
         raise UserError(
-            f"--cache device: {workers} --workers of each of {ranks} ranks on this machine hold {wanted / 2**30:.2f} "
-            f"GiB a rank on its way to the device, and {free / 2**30:.2f} GiB a rank are free; lower --workers"
+            f"--cache device: {workers} --workers of each of {dist.local_size()} ranks on this machine hold "
+            f"{wanted / 2**30:.2f} GiB a rank on its way to the device, of {usable / 2**30:.2f} GiB that it may take; "
+            "lower --workers"
         )
-
-
-def _free_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return available_bytes() / dist.local_size()

@@ -94,15 +94,14 @@ def swapped_prediction(scores_NK: Tensor, q_ABK: Tensor, assigned: Sequence[int]
 class SwAV(Method):
     """Swapped prediction over multi-crop; assignments by Sinkhorn over the step's images and the queue."""
 
-    remedies = REMEDIES
-
     def __init__(self, model: nn.Module, config: Config, feed: Feed) -> None:
         o = self.options = config.swav
         self.model, self.net = model, bare(model)
         self.prototypes = self.net.prototype_layers()[0]
-        self.views, self.assigned, self.planned = num_views(config.data), list(o.crops_for_assign), list[Tensor]()
+        self.views, self.assigned = num_views(config.data), list(o.crops_for_assign)
         self.assigner = OnlineAssigner(config.assignment, len(self.assigned), feed.step_images)
         self.frozen_steps = max(o.freeze_prototypes_niters, o.freeze_prototypes_epochs * feed.steps_per_epoch)
+        self.planned, self.remedies = list[Tensor](), REMEDIES
 
     def begin_epoch(self, epoch: int) -> None:
         self.assigner.begin_epoch(epoch, self.prototypes.weight)
@@ -122,7 +121,8 @@ class SwAV(Method):
         z_ND, scores_NK = self.model(crops)
         z_ABD = self.of_assigned(z_ND.detach())
         q_ABK = self.planned.pop(0) if self.planned else self.assigner.assign(z_ABD, self.prototypes.weight)
-        self.seen = Observation(*(x.flatten(0, 1) for x in (z_ABD, self.of_assigned(scores_NK.detach()), q_ABK)))
+        z_ND, seen_NK, q_NK = (x.flatten(0, 1) for x in (z_ABD, self.of_assigned(scores_NK.detach()), q_ABK))
+        self.seen = Observation(z_ND, seen_NK, q_NK)
         return swapped_prediction(scores_NK, q_ABK, self.assigned, self.options.temperature)
 
     def of_assigned(self, rows_NX: Tensor) -> Tensor:

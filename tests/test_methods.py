@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import os
@@ -18,6 +17,7 @@ from clusterssl.errors import UserError
 from clusterssl.files import read_checkpoint
 from clusterssl.models.weights import model_from_weights
 from clusterssl.plan.blueprint import read_script
+from clusterssl.plan.rehearsal import rehearse
 from clusterssl.report.records import RunRecord
 from clusterssl.report.verdict import verdict
 from tests.launch import ROOT, Launched, metrics
@@ -181,8 +181,8 @@ def test_advice_names_flags_that_the_script_has(name: str, tmp_path: Path) -> No
     labels = tmp_path / "labels.csv"
     labels.write_text("path,head0\na.jpg,0\nb.jpg,3\n")
     script, flags, _ = {**METHODS, "labels": ("train_on_labels.py", ["--labels", str(labels)], [])}[name]
-    plan = read_script(ROOT / script, flags, 1, 1)
-    method = plan.make_method.func if isinstance(plan.make_method, functools.partial) else plan.make_method
+    plan = read_script(ROOT / script, [*SHARED, *flags], 1, 1)
+    method = rehearse(plan, 48, 1, gpu=False).method
     assert "--base_lr" in method.remedies
     steps = [
         {"step": at, "loss": loss, "ln_k": 4.0, "rankme": rank} for at, rank in ((1, 9), (2, 1)) for loss in (4, 9)

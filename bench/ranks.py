@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from clusterssl import dist
+from clusterssl import dist, joining
 from clusterssl.pretrain import keep_freed_memory
 
 
@@ -32,6 +32,6 @@ def _rank(rank: int, world_size: int, port: str, results: Any, fn: Callable[...,
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_PORT=port)
     torch.set_num_threads(1)
     keep_freed_memory()
-    dist.join(device="cpu")
+    joining.join(device="cpu")
     results.put((rank, fn(*args)))
     dist.leave()

@@ -18,7 +18,7 @@ sys.path.insert(0, os.environ.get("PROBE_SOURCE") or str(Path(__file__).resolve(
 import torch
 
 from clusterssl import config as cfg
-from clusterssl import dist
+from clusterssl import dist, joining
 from clusterssl.log import log_to_screen
 
 
@@ -30,7 +30,7 @@ def main() -> None:
             time.sleep(0.05)
     if "PROBE_DIES" in os.environ:
         torch.distributed.init_process_group = lambda *place, **more: os._exit(0)
-    world = dist.join(device="cpu", join_timeout_s=float(os.environ.get("PROBE_SECONDS", "50")))
+    world = joining.join(device="cpu", join_timeout_s=float(os.environ.get("PROBE_SECONDS", "50")))
     log_to_screen(world)
     total = dist.all_reduce_(torch.tensor(float(world.rank + 1)))
     found = {"rank": world.rank, "size": world.size, "local": world.local_rank, "launcher": world.launcher}

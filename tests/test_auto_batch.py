@@ -183,9 +183,9 @@ def resumed(before: dict, *, batch_size: int = 64, **rates: float) -> tuple[Conf
 
 
 def test_a_resumed_run_takes_new_rates_by_the_factor_of_its_first_start() -> None:
-    before = {"global_batch": 256, "base_lr": 9.6, "queue_length": 4096, FACTOR: 4.0}
+    before = {"global_batch": 256, "base_lr": 9.6, "queue_length": 3840, FACTOR: 4.0}
     config, facts = resumed(before, base_lr=0.1, final_lr=0.01, start_warmup=0.02)
-    assert facts == {FACTOR: 4.0} and config.optim.batch_size == 256 and config.assignment.queue_length == 4096
+    assert facts == {FACTOR: 4.0} and config.optim.batch_size == 256 and config.assignment.queue_length == 3840
     assert (config.optim.base_lr, config.optim.final_lr, config.optim.start_warmup) == (0.4, 0.04, 0.08)
     given, _ = resumed({"global_batch": 256, "base_lr": 9.6, "queue_length": 4096}, base_lr=0.1)
     assert (given.optim.batch_size, given.optim.base_lr) == (256, 0.1), "a run that began without --auto_batch"

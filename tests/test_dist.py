@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from clusterssl import dist
+from clusterssl import dist, joining
 from clusterssl.batchnorm import CPUSyncBatchNorm, synchronise, unchanged_statistics
 from clusterssl.errors import UserError
 from clusterssl.rendezvous import find_place, ranks_per_node
@@ -55,7 +55,7 @@ def test_no_gpu_where_one_is_asked_for() -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     with pytest.raises(UserError, match="--device cuda: no GPU"):
-        dist.join(device="cuda")
+        joining.join(device="cuda")
 
 
 def test_alone_collectives_change_nothing() -> None:

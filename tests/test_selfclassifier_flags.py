@@ -17,7 +17,7 @@ from clusterssl import config as cfg
 from clusterssl.config import Size
 from clusterssl.data.params import Param
 from clusterssl.errors import UserError
-from clusterssl.pretrain import _warmup_cosine
+from clusterssl.from_flags import warmup_and_cosine
 from clusterssl.selfclassifier_flags import AUGMENT, translate
 from main_selfclassifier import Config
 from tests.golden_files import FOLDER, Golden
@@ -124,7 +124,7 @@ def test_schedule_equals_the_published_one(case: str) -> None:
     flags = {"lr": "base_value", "final-lr": "final_value", "epochs": "epochs", "warmup-epochs": "warmup_epochs"}
     told = {name: given[key] for name, key in {**flags, "start-warmup": "start_warmup_value"}.items()}
     words = [word for name, value in told.items() if value is not None for word in (f"--{name}", str(value))]
-    rate = _warmup_cosine(parsed(["/images", "--cos", *words]), given["niter_per_ep"])
+    rate = warmup_and_cosine(parsed(["/images", "--cos", *words]), given["niter_per_ep"])
     for step, expected in zip(SCHEDULES[f"{case}_index"], SCHEDULES[f"{case}_lr"], strict=True):
         assert abs(rate(int(step)) - expected) < 1e-10
 

@@ -12,6 +12,7 @@ import logging
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from clusterssl import child, dist
+from clusterssl import child, dist, pulse
+from clusterssl.data.loader import signals_held
 from clusterssl.dist import World
-from clusterssl.errors import UserError
+from clusterssl.errors import Stopped, UserError
 from clusterssl.optim import build_optimizer
 from clusterssl.precision import Precision
 from clusterssl.room import usable_bytes
@@ -39,6 +41,9 @@ FEWEST_STEPS = 10
 """of an epoch: a batch is not made so large that there would be fewer"""
 PLANNING_S = 900
 """seconds after which planning is given up"""
+_POLL_S = 0.1
+_PLANNED = "planned the batch"
+"""key on the store of the ranks"""
 FACTOR = "rate_factor"
 """the fact of a run by which its given rates were multiplied"""
 FOLLOWING = frozenset(["batch_size", "global_batch", "steps_per_epoch", "queue_length", "queue_len", FACTOR])
@@ -118,14 +123,19 @@ def _rates(optim: Any, factor: float) -> dict[str, float]:
 def scaled(config: C, batch: int, ranks: int) -> C:
     """A configuration with another batch, and rates and queues that go with it; queues do not get shorter."""
     optim: Any = config.optim  # type: ignore[attr-defined]
-    changes: dict[str, Any] = {"optim": replace(optim, batch_size=batch, **_rates(optim, _factor(optim, batch)))}
-    step = batch * optim.accumulate * ranks
+    changes = {"optim": replace(optim, batch_size=batch, **_rates(optim, _factor(optim, batch)))}
+    return replace(config, **changes, **_queues(config, batch * optim.accumulate * ranks))  # type: ignore[type-var]
+
+
+def _queues(config: Any, step: int) -> dict[str, Any]:
+    """Groups of a configuration whose queues go with so many images a step, as changes of it."""
+    changes: dict[str, Any] = {}
     for (group, name), unit in zip(QUEUES, (step, 1), strict=True):
         part = getattr(config, group, None)
         asked = getattr(part, name, 0)
         if part is not None and asked > 0:
             changes[group] = replace(part, **{name: max(step, -(-asked // unit) * unit)})
-    return replace(config, **changes)  # type: ignore[type-var]
+    return changes
 
 
 def with_batch(
@@ -155,6 +165,7 @@ def with_batch(
         return chosen, {FACTOR: factor}
     limit = float(dist.all_reduce_(torch.tensor(_room_for_tensors(world.device), dtype=torch.float64), "min"))
     most = max(images // (FEWEST_STEPS * optim.accumulate * world.size), 1)
+    logger.info("--auto_batch: looking for the largest batch of which a step takes no more than %.2f GB", limit / 1e9)
     batch = _planned(images, world, limit, most)
     if world.device.type == "cuda":
         batch = _tried(config, batch, world, make_model, precision)
@@ -191,35 +202,55 @@ def _room_for_tensors(device: torch.device) -> float:
 
 
 def _planned(images: int, world: World, limit: float, most: int) -> int:
-    """What the rehearsal says, asked once for all ranks."""
-    problem, batch = "", 0
-    if world.is_main:
-        per_node = dist.local_size() if world.size % dist.local_size() == 0 else world.size
-        facts = {"images": images, "nodes": world.size // per_node, "per_node": per_node, "limit": limit, "most": most,
-                 "gpu": world.device.type == "cuda"}  # fmt: skip
-        try:
+    """What the rehearsal says, asked once for all ranks, all of which hear meanwhile whether they have to stop."""
+    problem: UserError | Stopped | None = None
+    batch, store = 0, dist.store()
+    try:
+        if world.is_main:
+            per_node = dist.local_size() if world.size % dist.local_size() == 0 else world.size
+            facts = {"images": images, "nodes": world.size // per_node, "per_node": per_node, "limit": limit,
+                     "most": most, "gpu": world.device.type == "cuda"}  # fmt: skip
             batch = _asked(facts)
-        except (UserError, OSError) as error:
-            problem = f"--auto_batch: the batch could not be planned: {error}"
-    problem, batch = dist.broadcast_object((problem, batch))
-    if problem:
-        raise UserError(problem)
-    return batch
+        while not world.is_main and not store.check([_PLANNED]):
+            pulse.poll("waiting for the plan of --auto_batch")
+            time.sleep(_POLL_S)
+    except (UserError, OSError) as error:
+        problem = UserError(f"--auto_batch: the batch could not be planned: {error}")
+    except Stopped as stopped:
+        problem = stopped
+    finally:
+        store.set(_PLANNED, "")
+    dist.raise_together(problem)
+    return dist.broadcast_object(batch)
 
 
 def _asked(facts: dict[str, Any]) -> int:
     """The answer of `plan.largest` to this command line."""
     script = str(Path(sys.argv[0]).resolve())
     command = [sys.executable, "-m", "clusterssl.plan.largest", json.dumps(facts), script, *sys.argv[1:]]
-    try:
-        done = subprocess.run(command, env=child.environment(), stdin=subprocess.DEVNULL, capture_output=True,
-                              text=True, check=False, timeout=PLANNING_S)  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"no answer within {PLANNING_S} s; give --batch_size without --auto_batch") from error
-    found = next((line for line in reversed(done.stdout.split("\n")) if line.startswith("batch ")), "")
-    if done.returncode or not found:
-        raise UserError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+    pipe = subprocess.PIPE
+    with signals_held():  # which its processes are sent, too
+        planner = subprocess.Popen(command, env=child.environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
+                                   text=True)  # fmt: skip
+    with planner:
+        try:
+            said, problem = _said(planner)
+        finally:
+            planner.kill()
+    found = next((line for line in reversed(said.split("\n")) if line.startswith("batch ")), "")
+    if planner.returncode or not found:
+        raise UserError((problem.strip() or f"exit code {planner.returncode}").splitlines()[-1])
     return int(found.split()[1])
+
+
+def _said(planner: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it wrote by its end, unless this rank or the time ends it."""
+    end = time.monotonic() + PLANNING_S
+    while time.monotonic() < end:
+        with suppress(subprocess.TimeoutExpired):
+            return planner.communicate(timeout=_POLL_S)
+        pulse.poll("planning the batch")
+    raise UserError(f"no answer within {PLANNING_S} s; give --batch_size without --auto_batch")
 
 
 def trial_step(config: Any, make_model: Callable[[Any], Any], device: torch.device, precision: Precision) -> None:
@@ -245,12 +276,8 @@ def _as_before(config: C, before: dict[str, Any], ranks: int) -> C:
             f"--accumulate {optim.accumulate} cannot share; take another number of ranks"
         )
     rates = _rates(optim, before.get(FACTOR, 1.0))
-    changes: dict[str, Any] = {"optim": replace(optim, batch_size=batch, **rates)}
-    for group, name in QUEUES:
-        part = getattr(config, group, None)
-        if hasattr(part, name) and name in before:
-            changes[group] = replace(part, **{name: before[name]})  # type: ignore[type-var]
-    return replace(config, **changes)  # type: ignore[type-var]
+    queues = _queues(config, before["global_batch"]) if FACTOR in before else {}
+    return replace(config, optim=replace(optim, batch_size=batch, **rates), **queues)  # type: ignore[type-var]
 
 
 def _tell(old: Any, new: Any, factor: float, why: str) -> None:

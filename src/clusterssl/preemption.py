@@ -6,15 +6,18 @@ import logging
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
-from clusterssl import dist
+from clusterssl import dist, pulse
 from clusterssl.errors import DataGone, Stopped
 
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_ASKED = "asked to stop at the start"
+"""key on the store of the ranks"""
 
 
 class StopRequest:
@@ -25,12 +28,12 @@ class StopRequest:
     block ends with exit code 75, by `Stopped` or `DataGone`, further requests are ignored: they must not change it.
     """
 
-    def __init__(self) -> None:
-        self.received = ""
+    def __init__(self, signals: Sequence[signal.Signals] = (*STOP_SIGNALS, signal.SIGINT)) -> None:
+        self.received, self._signals = "", signals
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (*STOP_SIGNALS, signal.SIGINT):
+        for number in self._signals:
             self._before[number] = signal.signal(number, self._remember)
         return self
 
@@ -44,6 +47,39 @@ class StopRequest:
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """What comes before the training loop: a request to stop any rank ends all at a `pulse.poll`, or at the end.
+
+    Ctrl-C ends at once, as there is nothing to save. Its end is a collective call.
+
+    Raises:
+        Stopped: a signal asked for it; in a Slurm job so was the requeue.
+    """
+    with StopRequest(STOP_SIGNALS) as request:
+        try:
+            with pulse.polled(lambda: _end_if_asked(request)):
+                yield
+            dist.raise_together(_stopped(request) if request.received else None)
+        except Stopped:
+            requeue(request.received)
+            raise
+
+
+def _end_if_asked(request: StopRequest) -> None:
+    """Raise `Stopped` on this rank if any was asked to; no collective call."""
+    store = dist.store()
+    if request.received:
+        store.set(_ASKED, "")
+    if request.received or store.check([_ASKED]):
+        raise _stopped(request)
+
+
+def _stopped(request: StopRequest) -> Stopped:
+    name = request.received or "a signal to another rank"
+    return Stopped(f"stopped by {name} before the first step of this start; the same command starts again")
 
 
 def requeue(received: str) -> None:

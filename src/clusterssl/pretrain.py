@@ -8,57 +8,39 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
-from clusterssl import dist
+from clusterssl import dist, from_flags, joining
 from clusterssl.auto_batch import FOLLOWING, with_batch
-from clusterssl.batchnorm import synchronise
 from clusterssl.checkpoint import distribute
 from clusterssl.closing import close_with_page
-from clusterssl.compiling import compile_module, require_compiler
 from clusterssl.config import command, gives, plain
 from clusterssl.data import Augment, BadImages, Loader, MultiCrop, Resident, Source, fingerprint, open_source, reside
-from clusterssl.data.devicedecode import DeviceDecode, gpu_decoder
 from clusterssl.dist import World
 from clusterssl.feed import Feed
+from clusterssl.from_flags import SCHEDULES, PretrainConfig, make_loader
 from clusterssl.log import log_to_screen
 from clusterssl.method import Method
-from clusterssl.models.build import MultiCropNet, build_model, check_crop_sizes, resolve_stem
-from clusterssl.models.weights import init_model
-from clusterssl.optim import build_optimizer, warmup_cosine
-from clusterssl.options import DataOptions, ModelOptions, OptimOptions, RunOptions, TrunkOptions, num_views
-from clusterssl.parts import Parts, Schedule
+from clusterssl.models.build import MultiCropNet, build_model, resolve_stem
+from clusterssl.optim import build_optimizer
+from clusterssl.options import ModelOptions, RunOptions, num_views
+from clusterssl.parts import Parts
 from clusterssl.precision import Precision
+from clusterssl.preemption import starting
 from clusterssl.run import Run
+from clusterssl.starts import SILENT
 
 logger = logging.getLogger(__name__)
 
 
-class PretrainConfig(Protocol):
-    """What `assemble` needs of a method's configuration."""
-
-    @property
-    def data(self) -> DataOptions: ...
-    @property
-    def model(self) -> TrunkOptions: ...
-    @property
-    def optim(self) -> OptimOptions: ...
-    @property
-    def run(self) -> RunOptions: ...
-
-
-FREE = frozenset(
-    ["data_path", "subset_file", "cache", "decode", "workers", "max_bad_fraction", "data_patience_minutes",
-     "batch_size", "auto_batch", "accumulate", "epochs", "base_lr", "final_lr", "wd", "warmup_epochs", "start_warmup",
-     "clip_grad", "init", "dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "stop_on_collapse",
-     "tensorboard", "wandb", "report", "hang_minutes", "profile", "device", "dist_url", "timeout_minutes",
-     "join_timeout_seconds", "world_size", "rank", "local_rank", "channels_last", "compile", "use_fp16", "amp_dtype",
-     "grad_compression", "syncbn_process_group_size"]
+FREE = SILENT | frozenset(
+    ["data_path", "subset_file", "decode", "batch_size", "accumulate", "epochs", "base_lr", "final_lr", "wd",
+     "warmup_epochs", "start_warmup", "clip_grad", "init", "device", "channels_last", "compile", "use_fp16",
+     "amp_dtype", "grad_compression", "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -78,10 +60,10 @@ def join(run: RunOptions) -> Iterator[World]:
     """Join the other ranks as the flags say, leave them at the end of the block, and write the page of what was done.
 
     Raises:
-        UserError: see `dist.join`.
+        UserError: see `joining.join`.
     """
     keep_freed_memory()
-    world = dist.join(
+    world = joining.join(
         device=run.device, dist_url=run.dist_url, timeout_s=60 * run.timeout_minutes,
         join_timeout_s=run.join_timeout_seconds,
     )  # fmt: skip
@@ -143,133 +125,63 @@ def assemble(
 
     Raises:
         UserError: bad images, flags, weights or run directory, in the words of the part that found it.
+        Stopped: a signal asked for it; see `starting`.
     """
-    run, flags = Run(config.run.dump_path, world, config.run.mirrors), plain(config)
-    follows = FOLLOWING if config.optim.auto_batch else frozenset()
-    before = run.check(name, flags, frozenset(flags) - FREE - follows)
-    data, patience_s = config.data, 60 * config.data.data_patience_minutes
+    with starting():
+        run, flags = Run(config.run.dump_path, world, config.run.mirrors), plain(config)
+        follows = FOLLOWING if config.optim.auto_batch else frozenset()
+        before = run.check(name, flags, frozenset(flags) - FREE - follows)
+        source, resident = _images(config, world)
+        precision, planned = from_flags.precision(config, world), cast(dict[str, Any], {})
+        if config.optim.auto_batch:
+            config, planned = with_batch(config, len(source), world, make_model, precision, before)
+        loader = make_loader(
+            source, config, world, multicrop=multicrop, images_per_epoch=images_per_epoch, resident=resident,
+            decode=from_flags.decoder_on_device(source, config, world),
+        )  # fmt: skip
+        torch.manual_seed(config.run.seed)
+        model = from_flags.placed(make_model(config), config, world)
+        wrapped = distribute(model, world, config.run.grad_compression)
+        feed = _feed(loader, augment or Augment(), config, world, precision, run.folder)
+        method, optim = make_method(wrapped, config, feed), config.optim
+        flags, facts = plain(config), {**_facts(feed), **planned}
+        run.open(name, flags, facts, frozenset(flags) - FREE, follows)
+        _tell(config, loader, model, world)
+        optimizer = build_optimizer(
+            parameter_groups(model, config) if parameter_groups else model.parameters(),
+            optim.optimizer, optim.base_lr, optim.wd, momentum=optim.momentum, clip_grad=optim.clip_grad,
+        )  # fmt: skip
+        rate = (learning_rate or SCHEDULES[optim.schedule])(config, loader.batches_per_epoch)
+        schedule, record = from_flags.schedule(config, rate), from_flags.record(config, model)
+        return Parts(method, wrapped, optimizer, feed, schedule, run, world, record)
+
+
+def _images(config: PretrainConfig, world: World) -> tuple[Source, Resident | None]:
+    """The images, and the same on the training device where they shall live there."""
+    data = config.data
     cache = "none" if data.decode == "gpu" and data.cache == "auto" else data.cache  # which would keep decoded images
+    patience_s = 60 * data.data_patience_minutes
     source = open_source(data.data_path, subset_file=data.subset_file, patience_s=patience_s, cache=cache)
-    resident = reside(source, world.device, _workers(config)) if data.cache == "device" else None
-    precision, planned = _precision(config, world), cast(dict[str, Any], {})
-    if config.optim.auto_batch:
-        config, planned = with_batch(config, len(source), world, make_model, precision, before)
-    loader = make_loader(
-        source, config, world, multicrop=multicrop, images_per_epoch=images_per_epoch, resident=resident,
-        decode=_decode(source, config, world),
-    )  # fmt: skip
-    torch.manual_seed(config.run.seed)
-    model = _placed(make_model(config), config, world)
-    wrapped = distribute(model, world, config.run.grad_compression)
-    ledger = BadImages(loader.source, run.folder / "bad_images.txt", max_bad_fraction=config.data.max_bad_fraction)
+    workers = from_flags.number_of_workers(config)
+    return source, reside(source, world.device, workers) if data.cache == "device" else None
+
+
+def _feed(
+    loader: Loader, augment: Augment, config: PretrainConfig, world: World, precision: Precision, folder: Path
+) -> Feed:
+    ledger = BadImages(loader.source, folder / "bad_images.txt", max_bad_fraction=config.data.max_bad_fraction)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
-    augment = augment or Augment()
     if config.model.compile and world.device.type == "cuda":  # on CPUs it is slower, see bench/augment.py
         augment = augment.fuse(layout)
-    feed = Feed(loader, augment, world, layout, precision, ledger)
-    method = make_method(wrapped, config, feed)
-    flags = plain(config)
-    facts = {"global_batch": loader.global_batch, "num_images": feed.num_images, **planned}
-    facts |= {"steps_per_epoch": loader.batches_per_epoch, "dataset_hash": fingerprint(loader.source)}
-    run.open(name, flags, facts, frozenset(flags) - FREE, follows)
-    _tell(config, loader, model, world)
-    optim = config.optim
-    groups = parameter_groups(model, config) if parameter_groups else model.parameters()
-    optimizer = build_optimizer(
-        groups, optim.optimizer, optim.base_lr, optim.wd, momentum=optim.momentum, clip_grad=optim.clip_grad
-    )
-    rate = (learning_rate or _SCHEDULES[optim.schedule])(config, loader.batches_per_epoch)
-    return Parts(method, wrapped, optimizer, feed, _schedule(config, rate), run, world, _record(config, model))
+    return Feed(loader, augment, world, layout, precision, ledger)
 
 
-def make_loader(
-    source: Source,
-    config: T,
-    world: World,
-    *,
-    multicrop: MultiCrop | None = None,
-    images_per_epoch: Callable[[T, int], int] | None = None,
-    resident: Resident | None = None,
-    decode: DeviceDecode | None = None,
-) -> Loader:
-    """Batches of these images for one rank, see `Loader`; arguments and errors as of `assemble`."""
-    data = config.data
-    crops = multicrop or MultiCrop(
-        nmb_crops=data.nmb_crops, size_crops=data.size_crops, min_scale_crops=data.min_scale_crops,
-        max_scale_crops=data.max_scale_crops, color_jitter=data.color_jitter, color_jitter_p=data.color_jitter_p,
-        gray_p=data.gray_p, blur_p=data.blur_p, flip_p=data.flip_p,
-    )  # fmt: skip
-    return Loader(
-        source, crops, batch_size=config.optim.batch_size, accumulate=config.optim.accumulate,
-        rank=world.rank, world_size=world.size, seed=config.run.seed, workers=_workers(config),
-        pin_memory=world.device.type == "cuda", resident=resident, decode=decode,
-        images_per_epoch=images_per_epoch(config, len(source)) if images_per_epoch else None,
-    )  # fmt: skip
-
-
-def _decode(source: Source, config: PretrainConfig, world: World) -> DeviceDecode | None:
-    if config.data.decode == "cpu":
-        return None
-    return DeviceDecode(source, gpu_decoder(world.device), world.device)
-
-
-def _workers(config: PretrainConfig) -> int:
-    return min(config.data.workers, os.cpu_count() or 1)
-
-
-def _placed(model: Any, config: PretrainConfig, world: World) -> Any:
-    """The network with its first weights, on the device, its statistics shared as the flags say."""
-    options = config.model
-    if options.compile:
-        require_compiler(world.device)
-    check_crop_sizes(model.backbone, config.data.size_crops)
-    if options.init:
-        init_model(model, options.init)
-    model.to(world.device)
-    if options.channels_last:
-        model.to(memory_format=torch.channels_last)
-    synchronise(model, options.sync_bn, options.syncbn_process_group_size, world.device)
-    if options.compile:
-        compile_module(model.backbone)
-    return model
-
-
-def _precision(config: PretrainConfig, world: World) -> Precision:
-    if not config.model.use_fp16 or world.device.type != "cuda":
-        return Precision()
-    bf16 = torch.tensor(int(torch.cuda.is_bf16_supported(including_emulation=False)))
-    everywhere = bool(dist.all_reduce_(bf16, "min"))  # ranks must not mix formats
-    return Precision(torch.bfloat16 if config.model.amp_dtype == "bf16" and everywhere else torch.float16)
-
-
-def _warmup_cosine(config: PretrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    optim = config.optim
-    return partial(
-        warmup_cosine, steps_per_epoch=steps_per_epoch, epochs=optim.epochs, warmup_epochs=optim.usable_warmup,
-        start=optim.start_warmup, base=optim.base_lr, final=optim.final_lr,
-    )  # fmt: skip
-
-
-def _constant(config: PretrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    return lambda step: config.optim.base_lr
-
-
-_SCHEDULES = {"cosine": _warmup_cosine, "constant": _constant}
-
-
-def _schedule(config: PretrainConfig, learning_rate: Callable[[int], float]) -> Schedule:
-    run = config.run
-    return Schedule(
-        epochs=config.optim.epochs, learning_rate=learning_rate, seed=run.seed, log_freq=run.log_freq,
-        checkpoint_freq=run.checkpoint_freq, checkpoint_minutes=run.checkpoint_minutes,
-        stop_on_collapse=run.stop_on_collapse, hang_minutes=run.hang_minutes, profile=run.profile,
-    )  # fmt: skip
-
-
-def _record(config: PretrainConfig, model: Any) -> dict[str, Any]:
-    """What a reader of the checkpoint needs to build the network again."""
-    sizes = [list(size) for size in config.data.size_crops]
-    return {"arch": config.model.arch, "stem": str(model.backbone.stem_name), "size_crops": sizes, **model.record()}
+def _facts(feed: Feed) -> dict[str, Any]:
+    """What a resume must find again."""
+    return {
+        "global_batch": feed.global_batch, "num_images": feed.num_images, "steps_per_epoch": feed.steps_per_epoch,
+        "dataset_hash": fingerprint(feed.loader.source),
+    }  # fmt: skip
 
 
 def _tell(config: PretrainConfig, loader: Loader, model: nn.Module, world: World) -> None:

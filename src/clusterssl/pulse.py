@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _listening: list[Callable[[], None]] = []
+_polled: list[Callable[[], None]] = []
 _last: tuple[float, str] = (time.monotonic(), "the start")
 
 
@@ -25,6 +26,23 @@ def tick() -> None:
     beat()
     if _listening:
         _listening[-1]()
+
+
+@contextmanager
+def polled(check: Callable[[], None]) -> Iterator[None]:
+    """While in the context, `poll` calls `check`, which may raise on this rank."""
+    _polled.append(check)
+    try:
+        yield
+    finally:
+        _polled.pop()
+
+
+def poll(place: str = "") -> None:
+    """As `beat`, where no collective is possible: what it raises its caller tells all ranks, `dist.raise_together`."""
+    beat(place)
+    if _polled:
+        _polled[-1]()
 
 
 def beat(place: str = "") -> None:

@@ -13,16 +13,8 @@ checkpoints/ckp-<epoch>.pth    kept copies
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import platform
-import shlex
-import socket
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +25,13 @@ from torch import Tensor
 from clusterssl import dist
 from clusterssl.dist import World
 from clusterssl.errors import UserError
-from clusterssl.files import atomic_write, first_line, make_folder, read_whole
+from clusterssl.files import first_line, read_whole
 from clusterssl.log import log_to_file
-from clusterssl.metrics_file import MetricsFile, ends_within_line
+from clusterssl.metrics_file import MetricsFile
 from clusterssl.mirrors import Mirrors
 from clusterssl.saving import CURRENT, PREVIOUS, Saver, shard_path
 from clusterssl.shared_folder import why_not_shared
+from clusterssl.starts import SILENT, Starts
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +48,8 @@ class Run:
         self._metrics = MetricsFile(self.folder / "metrics.jsonl")
         self._mirrors = Mirrors(self.folder, mirrors if world.is_main else ())
         self._about: dict[str, Any] = {}
+        self._starts = Starts(self.folder)
         self.saver = Saver(self.folder, world, self._before_save)
-        self._start = ""
 
     def check(self, method: str, config: dict[str, Any], fixed: frozenset[str]) -> dict[str, Any] | None:
         """Refuse early what `open` would; a collective call that writes nothing.
@@ -70,8 +63,8 @@ class Run:
         problem, before = "", None
         if self.world.is_main:
             try:
-                self._check(method, config, fixed)
-                _, before = self._first_start() if self.has_checkpoint() else ("", None)
+                self._starts.compare(method, config, fixed)
+                before = self._starts.first().about if self.has_checkpoint() else None
             except UserError as error:
                 problem = str(error)
             except OSError as error:
@@ -102,8 +95,8 @@ class Run:
         if self.world.is_main:
             try:
                 loose = frozenset() if self.has_checkpoint() else planned
-                changed = self._check(method, {**config, **facts}, (fixed | facts.keys()) - loose)
-                self._record_start(method, config, facts, anew=bool(loose))
+                changed = self._starts.compare(method, {**config, **facts}, (fixed | facts.keys()) - loose)
+                self._starts.record(self.world, method, config, facts, anew=bool(loose))
             except UserError as error:
                 problem = str(error)
             except OSError as error:
@@ -112,67 +105,8 @@ class Run:
         if problem:
             raise UserError(problem)
         log_to_file(self.folder / "train.log", self.world)
-        for flag in [key for key in changed if key in config]:
+        for flag in [key for key in changed if key in config and key not in SILENT]:
             logger.info("%s", changed[flag])
-
-    def _first_start(self) -> tuple[str, dict[str, Any]]:
-        """Its method, and its flags and facts."""
-        record = self.folder / "run.json"
-        try:
-            before = json.loads(record.read_text())
-            return before["method"], {**before["config"], **before["facts"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{record}: damaged or of another program; choose another --dump_path") from error
-
-    def _check(self, method: str, new: dict[str, Any], fixed: frozenset[str]) -> dict[str, str]:
-        """Refuse what does not fit; returns what differs and may, in words."""
-        record = self.folder / "run.json"
-        if not record.exists():
-            if (self.folder / CURRENT).exists():
-                raise UserError(
-                    f"--dump_path {self.folder}: holds a {CURRENT} but no run.json, so it is not a run of ours; "
-                    "choose another folder, or start from its weights with --init"
-                )
-            return {}
-        known, old = self._first_start()
-        if known != method:
-            raise UserError(f"--dump_path {self.folder}: holds a run of {known}, not {method}; choose another folder")
-        differing = [key for key in new if key in old and old[key] != new[key]]
-        refused = [key for key in differing if key in fixed]
-        if refused:
-            difference = ", ".join(f"{key} was {old[key]} and is now {new[key]}" for key in refused)
-            raise UserError(
-                f"--dump_path {self.folder}: holds another run ({difference}); give what it was, or another folder"
-            )
-        return {key: f"--{key} differs from the first start: was {old[key]}, is now {new[key]}" for key in differing}
-
-    def _record_start(self, method: str, config: dict[str, Any], facts: dict[str, Any], *, anew: bool) -> None:
-        make_folder(self.folder)
-        for pattern in (".*.tmp", "checkpoints/.*.tmp", ".nonce-*"):  # of what a kill interrupted
-            for leftover in self.folder.glob(pattern):
-                leftover.unlink(missing_ok=True)
-        device = self.world.device
-        self._start = uuid.uuid4().hex
-        start = {
-            "id": self._start,
-            "time": time.time(),
-            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-            "host": socket.gethostname(),
-            "job": os.environ.get("SLURM_JOB_ID"),
-            "world_size": self.world.size,
-            "launcher": self.world.launcher,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "git": _git(),
-        }
-        if anew or not (self.folder / "run.json").exists():
-            record = {"method": method, "config": config, "facts": facts, "argv": sys.argv, **start}
-            text = json.dumps(record, indent=1) + "\n"
-            atomic_write(self.folder / "run.json", lambda file: file.write(text.encode()))
-        launches = self.folder / "launches.jsonl"
-        torn = "\n" if ends_within_line(launches) else ""
-        with launches.open("a") as file:
-            file.write(torn + json.dumps(start) + "\n")
 
     def begin(self, step: int) -> None:
         """Open the mirrors of a run that goes on after so many steps; a collective call.
@@ -254,9 +188,7 @@ class Run:
     def _before_save(self) -> None:
         """What must be so before a checkpoint counts: records on the disk, and no later start of this run."""
         self._metrics.sync()
-        launches = self.folder / "launches.jsonl"
-        if self._start and json.loads(launches.read_text().splitlines()[-1]).get("id") != self._start:
-            raise UserError(f"{self.folder}: another start of this run has taken over; this one ends")
+        self._starts.require_last()
 
     def _read(self, path: Path) -> dict[str, Any]:
         state = read_whole(path)
@@ -285,14 +217,3 @@ class Run:
         self.saver.close()
         self._metrics.close()
         self._mirrors.close()
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the code that runs and whether it was changed since; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"sha": sha.stdout.strip(), "dirty": bool(dirty.stdout.strip())}

@@ -23,7 +23,7 @@ from clusterssl.data.devicecrops import Pixels, device_crops
 from clusterssl.data.loader import Failure, checked, quiet_worker, same
 from clusterssl.data.multicrop import MultiCrop
 from clusterssl.data.source import Source
-from clusterssl.errors import UserError
+from clusterssl.errors import Stopped, UserError
 from clusterssl.room import HOST, usable_bytes
 
 logger = logging.getLogger(__name__)
@@ -139,11 +139,13 @@ def reside(source: Source, device: torch.device, workers: int = 0) -> Resident:
         UserError: they take more memory of the device, or on their way there of the host, than a rank may take; or
             none can be read.
         DataGone: they are out of reach.
+        Stopped: a rank was asked to stop, see `pulse.poll`.
     """
-    problem, found, began = None, None, time.monotonic()
+    problem: UserError | Stopped | None = None
+    found, began = None, time.monotonic()
     try:
         found = _read(source, device, workers)
-    except UserError as error:
+    except (UserError, Stopped) as error:
         problem = error
     except (torch.OutOfMemoryError, MemoryError):
         problem = UserError(f"--cache device: the memory of {device} ran out while images were read; {_REMEDY}")
@@ -166,7 +168,7 @@ def _read(source: Source, device: torch.device, workers: int) -> Resident:
         start_N[piece.positions] = taken // 3 + np.cumsum(areas) - areas
         taken, count, largest = taken + piece.flat_P3.size, count + len(areas), max(largest, piece.flat_P3.size)
         reasons |= piece.reasons
-        pulse.beat(f"{count} of {len(source)} images read for --cache device")
+        pulse.poll(f"{count} of {len(source)} images read for --cache device")
         if taken > room:
             raise UserError(
                 f"--cache device: {count} of {len(source)} images take {taken / 2**30:.2f} GiB, and "

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clusterssl import dist
+from clusterssl import dist, joining
 from clusterssl.config import gives, require
 from clusterssl.data import STD, open_source
 from clusterssl.data.source import Source
@@ -96,7 +96,7 @@ class LaunchOptions:
 
     def join(self) -> World:
         """Join the other ranks as the flags say, and show what is logged."""
-        world = dist.join(device=self.device, dist_url=self.dist_url, join_timeout_s=self.join_timeout_seconds)
+        world = joining.join(device=self.device, dist_url=self.dist_url, join_timeout_s=self.join_timeout_seconds)
         log_to_screen(world)
         return world
 

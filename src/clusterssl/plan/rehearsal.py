@@ -22,13 +22,13 @@ from clusterssl.data.unseen import Unseen
 from clusterssl.dist import World
 from clusterssl.engine import AGREED
 from clusterssl.feed import Feed
+from clusterssl.from_flags import make_loader
 from clusterssl.models.build import check_crop_sizes
 from clusterssl.models.weights import published_state_dict
 from clusterssl.optim import build_optimizer
 from clusterssl.plan.blueprint import Blueprint
 from clusterssl.plan.watch import Message, Watch, tensor_bytes
 from clusterssl.precision import Precision
-from clusterssl.pretrain import make_loader
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """of DistributedDataParallel, in bytes"""

@@ -227,19 +227,21 @@ def test_a_resumed_run_keeps_its_batch_on_other_ranks_too(tmp_path: Path) -> Non
     words = [*FLAGS, "--epochs", "2", "--dump_path", str(tmp_path), "--data_path", "synthetic:700:24x24"]
     codes, printed = Launched("main_swav.py", *words, "--queue_length", "100", ranks=2).wait()
     assert codes == [0, 0] and "an epoch keeps 10 steps; memory would allow more" in printed, printed
+    assert printed.count("--auto_batch: ") == 2, "one line at its start, one at its end"
     record = json.loads((tmp_path / "run.json").read_text())
     assert batch(tmp_path) == 32 and record["facts"]["global_batch"] == 64
     assert record["config"]["queue_length"] == 128 and record["config"]["base_lr"] == pytest.approx(0.32)
     more = ["--queue_length", "100", "--epochs", "3", "--base_lr", "0.01"]
     codes, printed = Launched("main_swav.py", *words, *more).wait()
-    assert codes == [0] and "--batch_size 64 (given: 10), --base_lr 0.032 (given: 0.01, in proportion" in printed, (
-        printed
-    )
+    told = "--batch_size 64 (given: 10), --base_lr 0.032 (given: 0.01, in proportion"
+    assert codes == [0] and told in printed and "looking for" not in printed, printed
     assert "--batch_size differs from the first start: was 32, is now 64" in printed and "resuming" in printed
     rates = [line["lr"] for line in metrics(tmp_path) if line.get("epoch") == 2 and "lr" in line]
     assert rates and max(rates) <= 0.032
     codes, printed = Launched("main_swav.py", *words, "--queue_length", "100", ranks=3).wait()
     assert codes == [2] * 3 and "64 images a step" in printed
+    codes, printed = Launched("main_swav.py", *words, "--queue_length", "200").wait()
+    assert codes == [2] and "queue_length was 128 and is now 256" in printed, printed
 
 
 def test_a_batch_without_a_checkpoint_is_planned_again(tmp_path: Path) -> None:
@@ -278,9 +280,8 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_planned_or_read(t
 
 
 def test_labels_of_real_images(tmp_path: Path) -> None:
-    pictures, labels = tmp_path / "pictures", tmp_path / "labels.csv"
+    pictures, labels, rows = tmp_path / "pictures", tmp_path / "labels.csv", []
     pictures.mkdir()
-    rows = []
     for number in range(90):
         path = pictures / f"{number:03}.jpg"
         Image.new("RGB", (24, 24), (number, 2 * number, 90)).save(path)

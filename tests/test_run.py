@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import main_swav
 from clusterssl import dist
 from clusterssl import run as run_module
+from clusterssl.config import flags
 from clusterssl.dist import World
 from clusterssl.errors import UserError
+from clusterssl.pretrain import FREE
 from clusterssl.run import Run
+from clusterssl.starts import SILENT
 from tests.ranks import run_ranks
 
 ROWS = 11
@@ -116,3 +120,17 @@ def read_other_steps(rank: int, world_size: int, folder: str) -> str:
 def test_ranks_never_go_on_from_different_steps(tmp_path: Path) -> None:
     told = run_ranks(read_other_steps, 2, str(tmp_path))
     assert all("different steps, 1 to 2" in line for line in told), told
+
+
+def test_flags_that_change_no_result_are_not_named(tmp_path: Path) -> None:
+    first = {"base_lr": 0.1, "report": True, "profile": 0, "tensorboard": False, "dump_path": "a", "workers": 4}
+    then = {"base_lr": 0.2, "report": False, "profile": 9, "tensorboard": True, "dump_path": "b", "workers": 0}
+    for config in (first, then):
+        Run(tmp_path, World()).open("swav", config, {}, frozenset())
+    told = [line for line in (tmp_path / "train.log").read_text().splitlines() if "differs" in line]
+    assert len(told) == 1 and told[0].endswith("--base_lr differs from the first start: was 0.1, is now 0.2")
+
+
+def test_what_is_not_named_may_differ() -> None:
+    known = {flag.name for flag in flags(main_swav.Config())}
+    assert FREE & known | {"checkpoint_every"} >= SILENT

@@ -189,8 +189,8 @@ def _tell(config: PretrainConfig, loader: Loader, model: nn.Module, world: World
         full = command(Path(sys.argv[0]).name, config, type(config)())
         logger.info("no --data_path: training on the built-in digits, the same as\n  %s", full)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    logger.info("%s, %.1f M parameters, on %s, %d ranks (%s)", config.model.arch, parameters, world.device, world.size,
-                world.launcher)  # fmt: skip
+    ranks = f"{world.size} ranks ({world.launcher})" if world.size > 1 else "alone"
+    logger.info("%s, %.1f M parameters, on %s, %s", config.model.arch, parameters, world.device, ranks)
     logger.info(
         "%d images from %s, %d crops each, %d images a step, %d steps an epoch, %d epochs; run directory %s",
         len(loader.source), config.data.data_path, num_views(config.data), loader.global_batch,

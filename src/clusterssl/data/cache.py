@@ -164,7 +164,7 @@ def _check_memory(wanted: int) -> None:
     usable = usable_bytes(HOST)
     if wanted > usable:
         raise UserError(
-            f"--cache ram: each of {dist.local_size()} ranks on this machine needs {wanted / 2**30:.1f} GiB, of "
-            f"{usable / 2**30:.1f} GiB of free memory that it may take; leave --cache away, or pack smaller images "
+            f"--cache ram: a rank needs {wanted / 2**30:.1f} GiB, and each of {dist.local_size()} on this machine may "
+            f"take {usable / 2**30:.1f} GiB of its free memory; leave --cache away, or pack smaller images "
             "(python -m clusterssl.data.pack SRC DST --short_side 256)"
         )

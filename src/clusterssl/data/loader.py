@@ -216,7 +216,8 @@ class Loader:
         ranks = dist.local_size()
         cores = os.cpu_count() or 1
         if self.workers < cores // ranks:
-            return f"raise --workers, now {self.workers} for each of {ranks} ranks on {cores} cores"
+            each = f" for each of {ranks} ranks" if ranks > 1 else ""
+            return f"raise --workers, now {self.workers}{each} on {cores} cores"
         inner = self.source.inner if isinstance(self.source, ClassSubset) else self.source
         busy = f"the loaders have all {cores} cores already"
         if isinstance(inner, FileSource):

@@ -4,6 +4,7 @@
     python bench/kmeans.py --threads 1
     python bench/kmeans.py --data gauss            # features without any clusters
     python bench/kmeans.py --device cuda --rows 1000000
+    python bench/kmeans.py --rows 1000000 --clusters 10000 --iterations 3 --repeats 1 --leave_out published
 
 The published algorithm, written anew from its description: all dot products as one matrix, the maximum of each row,
 then a loop over the clusters that selects the rows of each and sums them. Selecting by one sort of the labels, as here,
@@ -14,10 +15,12 @@ threads together, depends less on what else the machine does.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -47,6 +50,8 @@ class Options:
     threads: int = 0
     """0: all cores"""
     device: Literal["cpu", "cuda"] = "cpu"
+    leave_out: tuple[str, ...] = ()
+    """systems; of the published one the matrix of rows x clusters must fit into memory"""
     seed: int = 0
     out: str = "bench/results/kmeans.json"
 
@@ -88,7 +93,10 @@ def faiss_kmeans(x_ND: Tensor, centroids_KD: Tensor, iterations: int) -> Tensor:
     """Centroids by faiss.Kmeans."""
     import faiss
 
-    found = faiss.Kmeans(x_ND.shape[1], len(centroids_KD), niter=iterations, spherical=True, min_points_per_centroid=1)
+    found = faiss.Kmeans(
+        x_ND.shape[1], len(centroids_KD), niter=iterations, spherical=True, min_points_per_centroid=1,
+        max_points_per_centroid=len(x_ND),
+    )  # fmt: skip
     found.train(x_ND.cpu().numpy(), init_centroids=centroids_KD.cpu().numpy())
     return torch.from_numpy(found.centroids).to(x_ND)
 
@@ -96,13 +104,14 @@ def faiss_kmeans(x_ND: Tensor, centroids_KD: Tensor, iterations: int) -> Tensor:
 def systems(options: Options) -> dict[str, Callable[[Tensor, Tensor, int], Tensor]]:
     """What is compared; faiss where it is installed."""
     found: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"ours": ours, "published": published}
-    try:
+    with contextlib.suppress(ImportError):
         import faiss
-    except ImportError:
-        return found
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    with_backend = lambda x, c, n: ours(x, c, n, "faiss")  # noqa: E731
-    return {**found, "ours with --kmeans_backend faiss": with_backend, "faiss.Kmeans": faiss_kmeans}
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        found |= {"ours with --kmeans_backend faiss": partial(ours, backend="faiss"), "faiss.Kmeans": faiss_kmeans}
+    unknown = set(options.leave_out) - (set(found) - {"ours"})
+    cfg.require(not unknown, f"--leave_out {' '.join(sorted(unknown))}: there are {', '.join(found)}; ours has to stay")
+    return {name: system for name, system in found.items() if name not in options.leave_out}
 
 
 def inertia(x_ND: Tensor, centroids_KD: Tensor) -> float:

@@ -44,6 +44,15 @@ def clusters_of(runs: Sequence[Path]) -> list[Gallery]:
     return galleries
 
 
+def watch(runs: Sequence[Path], port: int, seen: Sequence[Path]) -> None:
+    """Serve the page of runs that still train, with clusters of those in `seen`."""
+    from clusterssl.growing import Growing  # with torch, which takes seconds to import
+
+    with Growing(seen) as growing, server(runs, port, pictures=growing.now) as serving:
+        print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)
+        serving.serve_forever()
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (--dump_path of a training)")
@@ -61,9 +70,8 @@ def main() -> None:
     )
     given = parser.parse_args()
     if given.watch:
-        with server(given.runs, given.port) as serving:
-            print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)
-            serving.serve_forever()
+        watch(given.runs, given.port, [] if given.no_gallery else given.runs)
+        return
     runs = [read_run(path) for path in given.runs]  # before the network is imported for one that is none
     out = given.out or given.runs[0] / "report.html"
     galleries = [] if given.no_gallery else clusters_of(given.runs)

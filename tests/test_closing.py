@@ -94,7 +94,7 @@ def wait_for(holds: Callable[[], bool]) -> None:
 
 
 def test_memory_is_bounded() -> None:
-    code = "import os; from clusterssl import closing as c; c.MEMORY = 1 << 30; c._bound(os.getppid()); "
+    code = "import os; from clusterssl import closing as c; c.MEMORY = 1 << 30; c.bound(os.getppid()); "
     code += "bytearray(1 << 28); bytearray(1 << 30)"
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

@@ -73,7 +73,7 @@ def _make(folder: Path) -> str:
     return f"the report is not whole ({' '.join(last) or f'exit code {maker.returncode}'})" if maker.returncode else ""
 
 
-def _bound(parent: int) -> None:
+def bound(parent: int) -> None:
     """Let this process end with its parent, with its time, or when it asks for too much memory."""
     with contextlib.suppress(AttributeError):  # outside Linux
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -87,7 +87,7 @@ def _bound(parent: int) -> None:
 def main() -> None:
     """Write the page without clusters, which takes a moment, and then once more with them."""
     folder = Path(sys.argv[1])
-    _bound(int(sys.argv[2]))
+    bound(int(sys.argv[2]))
     from clusterssl.report import write_report
 
     write_report([folder], folder / PAGE)

@@ -9,17 +9,19 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from clusterssl.errors import UserError
+from clusterssl.report import Gallery
 from clusterssl.report.watch import server
 from tests.report.runs import write_lines, write_run
 
 
 @contextmanager
-def served(*runs: Path) -> Iterator[str]:
-    serving = server(runs, seconds=7)
+def served(*runs: Path, **more: Any) -> Iterator[str]:
+    serving = server(runs, seconds=7, **more)
     thread = threading.Thread(target=serving.serve_forever)
     thread.start()
     try:
@@ -46,6 +48,17 @@ def test_the_page_grows(tmp_path: Path) -> None:
         shutil.rmtree(run)
         with urllib.request.urlopen(address) as answer:
             assert "no such run directory" in answer.read().decode()
+
+
+def test_pictures_are_asked_for_with_every_page(tmp_path: Path) -> None:
+    asked = iter(
+        [("Pictures: later.", []), ("Pictures: now.", [Gallery("Largest clusters", (("cluster 1", "w", "p"),))])]
+    )
+    with served(write_run(tmp_path / "run"), pictures=lambda: next(asked)) as address:
+        for words, there in (("Pictures: later.", False), ("Pictures: now.", True)):
+            with urllib.request.urlopen(address) as answer:
+                page = answer.read().decode()
+            assert words in page and ("Largest clusters" in page) is there
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from clusterssl.report.verdict import verdict
 RUNS = {
     "healthy": "",
     "smooth": "--epsilon 1",
-    "imagenet": "--optimizer lars --base_lr 4.8 --epsilon 0.05 --color_jitter 0.8 --gray_p 0.2",
+    "imagenet": "--optimizer lars --base_lr 4.8 --epsilon 0.05 --color_jitter 0.8 --gray_p 0.2 --seed 32",
     "temperature": "--temperature 3",
     "rate": "--base_lr 0.3",
     "diverged": "--optimizer sgd --base_lr 1000",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from clusterssl import config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -64,6 +69,42 @@ def known_flags() -> set[str]:
 def test_flags_exist(page: Path) -> None:
     named = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", text_of(page))}
     assert named - known_flags() - FOREIGN == set()
+
+
+def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """Entry scripts and their words in the shell blocks of a page; a script of scripts/ stands for what it starts."""
+    for line in "".join(blocks(text_of(page), "bash")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for at, word in enumerate(words):
+            if (ROOT / word).is_file() and word.endswith(".py") and "/" not in word:
+                yield word, words[at + 1 :]
+                break
+            if re.fullmatch(r"scripts/\w+\.sh", word):
+                (main,) = set(re.findall(r"\w+\.py", text_of(ROOT / word)))
+                yield main, words[at + 1 :]
+                break
+
+
+class ParsedError(Exception):
+    """The flags of a script were understood."""
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the flags of the very script; what Slurm and torchrun are told stands before its name."""
+    parse = config.parse
+
+    def only_parse(*args: Any, **more: Any) -> None:
+        parse(*args, **more)
+        raise ParsedError
+
+    monkeypatch.setattr(config, "parse", only_parse)
+    found = [(script, words) for script, words in commands(page) if script != "report.py"]
+    assert found or "```bash" not in text_of(page)
+    for script, words in found:
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        with pytest.raises(ParsedError):
+            importlib.import_module(script.removesuffix(".py")).main()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

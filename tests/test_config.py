@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -156,3 +158,18 @@ def test_a_switch_needs_no_value() -> None:
     assert cfg.parse(Switches, ["--sobel"]).sobel
     assert cfg.parse(Switches, ["--sobel", "--other", "2"]) == Switches(True, 2)
     assert not cfg.parse(Switches, ["--sobel", "false"]).sobel
+
+
+def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/main_swav.py"])
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cfg.entry(interrupted)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended.value.code == 130 and capsys.readouterr() == ("", "main_swav.py: interrupted\n")

@@ -273,7 +273,8 @@ def require(holds: bool, message: str) -> None:
 def entry(main: Callable[[], None]) -> NoReturn:
     """Run an entry script's `main` and end the process with the exit code of the contract.
 
-    0 done; 2 bad input (one line on stderr); 75 stopped on request, resumable; 1 (with a traceback) a defect of ours.
+    0 done; 2 bad input (one line on stderr); 75 stopped on request, resumable; 130 Ctrl-C where nothing is to be saved;
+    1 (with a traceback) a defect of ours.
     Signals that would ask a training to stop are ignored until there is one; by default they would kill.
     """
     code = 0
@@ -289,5 +290,6 @@ def entry(main: Callable[[], None]) -> NoReturn:
         print(f"{os.path.basename(sys.argv[0])}: {stopped}", file=sys.stderr, flush=True)  # noqa: PTH119
         code = EXIT_STOPPED
     except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)  # noqa: PTH119
         code = 130
     sys.exit(code)

@@ -77,6 +77,23 @@ def test_tensorboard_shows_what_metrics_hold_after_a_kill(ranks: int, tmp_path: 
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2, "one file a start, of one rank"
 
 
+def test_tensorboard_is_filled_where_a_start_went_without_it(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    steps = [0]
+    for epochs, flags in ((1, []), (2, ["--tensorboard"]), (3, []), (4, ["--tensorboard"]), (5, ["--tensorboard"])):
+        words = [*FLAGS, *flags, "--epochs", str(epochs), "--dump_path", str(tmp_path)]
+        codes, printed = Launched("main_swav.py", *words).wait()
+        assert codes == [0], printed
+        if flags:
+            shown = scalars(tmp_path)
+            assert shown["train/loss"] == pytest.approx(expected(tmp_path, "loss"), rel=1e-6)
+            assert len(shown["epoch/loss"]) == epochs
+            steps.append(len(shown["train/loss"]))
+    assert steps == sorted(set(steps))
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.name)]
+    assert len(sizes) == 3 and sizes[2] < min(sizes[:2]), "the last start has nothing to fill in"
+
+
 def history(folder: Path) -> list[dict[str, Any]]:
     """The rows in wandb's offline files, in order of time; their frames are those of LevelDB's log."""
     messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
@@ -154,6 +171,14 @@ def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest
     require_packages(["some_mirror"])
 
 
+def test_a_broken_package_is_one_line_before_anything_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other_mirror").mkdir()
+    (tmp_path / "other_mirror" / "__init__.py").write_text("raise TypeError('Descriptors cannot be created')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"other_mirror cannot be imported \(Descriptors cannot be created\); mend it"):
+        require_packages(["other_mirror"])
+
+
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
@@ -185,6 +210,7 @@ class Stuck:
     """A mirror that never returns, as one on a file system that hangs."""
 
     def __init__(self, *_: Any) -> None: ...
+    def catch_up(self) -> None: ...
 
     def write(self, entry: Any) -> None:
         time.sleep(3600)

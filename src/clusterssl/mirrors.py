@@ -3,14 +3,16 @@
 Copies are made by a thread of their own: a full disk, a network that is gone or a package that fails costs a training
 one warning, never a step.
 
-<run>/tensorboard/    event files, one a start
+<run>/tensorboard/    event files, one a start; what starts without it have left out is filled in
 <run>/wandb/          what wandb keeps, in offline mode everything; <run>/wandb.id is the id that all starts share
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
+import json
 import logging
 import os
 import queue
@@ -26,6 +28,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from clusterssl.errors import UserError
+from clusterssl.event_files import times_written
 from clusterssl.files import atomic_write, first_line
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,12 @@ MIRRORS = ("tensorboard", "wandb")
 
 _WAITING = 1000
 """records that may wait for a slow mirror; further ones are left out of it"""
+_IMPORTED = {"tensorboard": "torch.utils.tensorboard"}
+"""modules, where they are not the package itself"""
+_LOSSES = ("train/loss", "epoch/loss")
+"""of which every record has one"""
+_SAME_S = 1.0
+"""seconds between a record in metrics.jsonl and its copy"""
 _CLOSING_S = 30.0
 """seconds that the end of a run waits for its mirrors"""
 
@@ -72,12 +81,15 @@ class Entry(NamedTuple):
 class Mirror(Protocol):
     """One place that records are copied to; may raise anything at any time."""
 
+    def catch_up(self) -> None:
+        """Write what earlier starts have not; called before the first `write`, in the same thread."""
+
     def write(self, entry: Entry) -> None: ...
     def close(self) -> None: ...
 
 
 def require_packages(names: Sequence[str]) -> None:
-    """Refuse mirrors whose package is absent.
+    """Refuse mirrors whose package is absent or broken.
 
     Raises:
         UserError: with the command that installs it.
@@ -86,6 +98,12 @@ def require_packages(names: Sequence[str]) -> None:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # a folder of that name, such as a run's, is no package
             raise UserError(f"--{name}: {name} is not installed; run pip install {name}, or leave the flag out")
+        try:
+            importlib.import_module(_IMPORTED.get(name, name))
+        except Exception as error:
+            raise UserError(
+                f"--{name}: {name} cannot be imported ({first_line(error)}); mend it, or leave the flag out"
+            ) from error
 
 
 class Mirrors:
@@ -145,6 +163,8 @@ class Mirrors:
         self._thread = None
 
     def _copy(self) -> None:
+        for name, mirror in list(self._open.items()):
+            self._try(name, mirror.catch_up)
         while (entry := self._queue.get()) is not None:
             for name, mirror in list(self._open.items()):
                 self._try(name, lambda mirror=mirror, entry=entry: mirror.write(entry))  # type: ignore[misc]
@@ -162,6 +182,19 @@ class Mirrors:
         logger.warning("--%s failed (%s); the run goes on without it, metrics.jsonl is whole", name, first_line(error))
 
 
+def entries_of(metrics: Path, last: int) -> list[Entry]:
+    """What the records of a metrics file say up to a step, in order; of a step that came again the last time."""
+    found: dict[tuple[bool, int], Entry] = {}
+    step = 0
+    with metrics.open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):  # a kill may have cut it
+                record = json.loads(line)
+                step = record.get("step", step)
+                found[("epoch_end" in record, step)] = entry_of(record, step)
+    return sorted((entry for entry in found.values() if entry.step <= last), key=lambda entry: entry.time)
+
+
 def entry_of(record: dict[str, Any], step: int) -> Entry:
     """A record of training or of an epoch's end; what are no numbers, and epoch and step themselves, are left out."""
     group = "epoch" if "epoch_end" in record else "train"
@@ -171,7 +204,7 @@ def entry_of(record: dict[str, Any], step: int) -> Entry:
     counts = {name: value for name, value in named.items() if isinstance(value, list) and value}
     if record.get("occupancy"):
         values["epoch/occupied"] = sum(count > 0 for count in record["occupancy"]) / len(record["occupancy"])
-    return Entry(step, values, counts, time.time())
+    return Entry(step, values, counts, record.get("time", time.time()))
 
 
 def _flat(record: dict[str, Any], group: str) -> Iterator[tuple[str, Any]]:
@@ -187,18 +220,36 @@ class _TensorBoard:
     def __init__(self, folder: Path, step: int, about: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard drops what earlier starts wrote from the purge step on: those steps come again.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        there = times_written(folder / "tensorboard", _LOSSES)
+        known = entries_of(folder / "metrics.jsonl", step) if step else []
+        first = min((entry.step for entry in known if not _is_among(entry, there)), default=step + 1)
+        self._missed = [entry for entry in known if entry.step >= first]
+        # TensorBoard drops what earlier starts wrote from the purge step on: it is written or comes again.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+
+    def catch_up(self) -> None:
+        for entry in self._missed:
+            self._add(entry)
+        self._writer.flush()
 
     def write(self, entry: Entry) -> None:
+        self._add(entry)
+        self._writer.flush()  # or a kill takes records along that the checkpoint has passed
+
+    def _add(self, entry: Entry) -> None:
         for name, value in entry.values.items():
             self._writer.add_scalar(name, value, entry.step, entry.time)
         for name, counts in entry.counts.items():
             self._writer.add_histogram(name, np.asarray(counts), entry.step, walltime=entry.time)
-        self._writer.flush()  # or a kill takes records along that the checkpoint has passed
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _is_among(entry: Entry, there: dict[tuple[str, int], list[float]]) -> bool:
+    """Whether this very record was written, not one of the same step before a kill."""
+    times = there.get((next(name for name in _LOSSES if name in entry.values), entry.step), [])
+    return any(abs(time - entry.time) < _SAME_S for time in times)
 
 
 class _Wandb:
@@ -223,6 +274,9 @@ class _Wandb:
         self._sent = _highest_step(folder / "metrics.jsonl") if self._run.offline else self._run.step - 1
         self._histogram = wandb.Histogram
         logger.info("--wandb: %s", self._run.url or self._run.dir)
+
+    def catch_up(self) -> None:
+        pass
 
     def write(self, entry: Entry) -> None:
         if entry.step > self._sent:

@@ -12,21 +12,20 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import json
 import logging
 import os
 import queue
 import re
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from clusterssl.entries import Entry, entries_of, entry_of, step_of
 from clusterssl.errors import UserError
 from clusterssl.event_files import times_written
 from clusterssl.files import atomic_write, first_line
@@ -64,18 +63,6 @@ class MirrorOptions:
     def mirrors(self) -> tuple[str, ...]:
         """Where the records of metrics.jsonl are copied to."""
         return tuple(name for name in MIRRORS if getattr(self, name))
-
-
-class Entry(NamedTuple):
-    """One record as mirrors want it."""
-
-    step: int
-    values: dict[str, float]
-    """by name, e.g. train/loss"""
-    counts: dict[str, list[int]]
-    """lists of numbers, to be shown as histograms"""
-    time: float
-    """seconds since 1970"""
 
 
 class Mirror(Protocol):
@@ -143,7 +130,7 @@ class Mirrors:
         """Copy a record; returns at once."""
         if self._thread is None:
             return
-        self._step = record.get("step", record.get("epoch", self._step))  # evaluations count epochs
+        self._step = step_of(record, self._step)
         try:
             self._queue.put_nowait(entry_of(record, self._step))
         except queue.Full:
@@ -182,46 +169,13 @@ class Mirrors:
         logger.warning("--%s failed (%s); the run goes on without it, metrics.jsonl is whole", name, first_line(error))
 
 
-def entries_of(metrics: Path, last: int) -> list[Entry]:
-    """What the records of a metrics file say up to a step, in order; of a step that came again the last time."""
-    found: dict[tuple[bool, int], Entry] = {}
-    step = 0
-    with metrics.open("rb") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError):  # a kill may have cut it
-                record = json.loads(line)
-                step = record.get("step", step)
-                found[("epoch_end" in record, step)] = entry_of(record, step)
-    return sorted((entry for entry in found.values() if entry.step <= last), key=lambda entry: entry.time)
-
-
-def entry_of(record: dict[str, Any], step: int) -> Entry:
-    """A record of training or of an epoch's end; what are no numbers, and epoch and step themselves, are left out."""
-    group = "epoch" if "epoch_end" in record else "train"
-    kept = {key: value for key, value in record.items() if key not in ("epoch", "epoch_end", "step", "time")}
-    named = dict(_flat(kept, group))
-    values = {name: float(value) for name, value in named.items() if isinstance(value, (int, float))}
-    counts = {name: value for name, value in named.items() if isinstance(value, list) and value}
-    if record.get("occupancy"):
-        values["epoch/occupied"] = sum(count > 0 for count in record["occupancy"]) / len(record["occupancy"])
-    return Entry(step, values, counts, record.get("time", time.time()))
-
-
-def _flat(record: dict[str, Any], group: str) -> Iterator[tuple[str, Any]]:
-    """Values of a record and of the records in it by their whole names, e.g. train/layers/conv1/top1."""
-    for key, value in record.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{group}/{key}")
-        else:
-            yield f"{group}/{key}", value
-
-
 class _TensorBoard:
     def __init__(self, folder: Path, step: int, about: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         there = times_written(folder / "tensorboard", _LOSSES)
-        known = entries_of(folder / "metrics.jsonl", step) if step else []
+        metrics = folder / "metrics.jsonl"
+        known = entries_of(metrics, step) if step and metrics.exists() else []
         first = min((entry.step for entry in known if not _is_among(entry, there)), default=step + 1)
         self._missed = [entry for entry in known if entry.step >= first]
         # TensorBoard drops what earlier starts wrote from the purge step on: it is written or comes again.
@@ -248,7 +202,7 @@ class _TensorBoard:
 
 def _is_among(entry: Entry, there: dict[tuple[str, int], list[float]]) -> bool:
     """Whether this very record was written, not one of the same step before a kill."""
-    times = there.get((next(name for name in _LOSSES if name in entry.values), entry.step), [])
+    times = [time for name in _LOSSES if name in entry.values for time in there.get((name, entry.step), [])]
     return any(abs(time - entry.time) < _SAME_S for time in times)
 
 

@@ -172,24 +172,31 @@ class Loader:
             len(source), batch_size, accumulate=accumulate, rank=rank, world_size=world_size, seed=seed,
             images_per_epoch=images_per_epoch,
         )  # fmt: skip
-        if self.sampler.steps == 0:
-            raise UserError(
-                f"a global batch of {self.sampler.global_batch} images ({batch_size} x {accumulate} micro-batches x "
-                f"{world_size} ranks) is larger than an epoch of the dataset ({self.sampler.images} images): lower "
-                "--batch_size or --accumulate"
-            )
+        self._require_a_step(world_size)
         self.source, self.multicrop, self.resident, self.decode = source, multicrop, resident, decode
         spare = 1 + -(-(accumulate + 1) // max(workers, 1))  # of what is held here, beyond what waits
-        size = buffer_bytes(batch_size, multicrop.sizes)
-        self._slots = Slots(workers, _PREFETCH + spare, size)
-        self._loader: DataLoader[Any] = DataLoader(
-            Guarded(RawDataset(source) if decode else MultiCropDataset(source, multicrop, seed, self._slots)),
+        self._slots = Slots(workers, _PREFETCH + spare, buffer_bytes(batch_size, multicrop.sizes))
+        self._loader = self._with_workers(pin_memory, persistent)
+
+    def _require_a_step(self, ranks: int) -> None:
+        if self.sampler.steps == 0:
+            raise UserError(
+                f"a global batch of {self.global_batch} images ({self.batch_size} x {self.accumulate} micro-batches x "
+                f"{ranks} ranks) is larger than an epoch of the dataset ({self.sampler.images} images): lower "
+                "--batch_size or --accumulate"
+            )
+
+    def _with_workers(self, pin_memory: bool, persistent: bool) -> DataLoader[Any]:
+        """What workers cut, or only read where the device decodes."""
+        cut = MultiCropDataset(self.source, self.multicrop, self.seed, self._slots)
+        return DataLoader(
+            Guarded(RawDataset(self.source) if self.decode else cut),
             batch_sampler=self.sampler,
             collate_fn=partial(ship, slots=self._slots),
-            prefetch_factor=_PREFETCH if workers > 0 else None,
-            num_workers=workers,
+            prefetch_factor=_PREFETCH if self.workers > 0 else None,
+            num_workers=self.workers,
             pin_memory=pin_memory,
-            persistent_workers=persistent and workers > 0,
+            persistent_workers=persistent and self.workers > 0,
             worker_init_fn=quiet_worker,
             generator=torch.Generator(),  # else every epoch would draw from the global one
         )

@@ -75,7 +75,7 @@ def test_tensorboard_shows_what_metrics_hold_after_a_kill(ranks: int, tmp_path: 
     )
     used = sum(count > 0 for count in ended[EPOCHS - 1]["occupancy"]) / 12
     assert shown["epoch/occupied"][STEPS] == pytest.approx(used)
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2, "one file a start, of one rank"
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1, "of one rank and the last start"
 
 
 def test_tensorboard_is_filled_where_a_start_went_without_it(tmp_path: Path) -> None:
@@ -91,8 +91,7 @@ def test_tensorboard_is_filled_where_a_start_went_without_it(tmp_path: Path) -> 
             assert len(shown["epoch/loss"]) == epochs
             steps.append(len(shown["train/loss"]))
     assert steps == sorted(set(steps))
-    sizes = [path.stat().st_size for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.name)]
-    assert len(sizes) == 3 and sizes[2] < min(sizes[:2]), "the last start has nothing to fill in"
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

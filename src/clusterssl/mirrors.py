@@ -3,7 +3,7 @@
 Copies are made by a thread of their own: a full disk, a network that is gone or a package that fails costs a training
 one warning, never a step.
 
-<run>/tensorboard/    event files, one a start; what starts without it have left out is filled in
+<run>/tensorboard/    an event file, written anew from metrics.jsonl by every start
 <run>/wandb/          what wandb keeps, in offline mode everything; <run>/wandb.id is the id that all starts share
 """
 
@@ -27,7 +27,6 @@ import numpy as np
 
 from clusterssl.entries import Entry, entries_of, entry_of, step_of
 from clusterssl.errors import UserError
-from clusterssl.event_files import times_written
 from clusterssl.files import atomic_write, first_line
 
 logger = logging.getLogger(__name__)
@@ -39,10 +38,6 @@ _WAITING = 1000
 """records that may wait for a slow mirror; further ones are left out of it"""
 _IMPORTED = {"tensorboard": "torch.utils.tensorboard"}
 """modules, where they are not the package itself"""
-_LOSSES = ("train/loss", "epoch/loss")
-"""of which every record has one"""
-_SAME_S = 1.0
-"""seconds between a record in metrics.jsonl and its copy"""
 _CLOSING_S = 30.0
 """seconds that the end of a run waits for its mirrors"""
 
@@ -173,16 +168,14 @@ class _TensorBoard:
     def __init__(self, folder: Path, step: int, about: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        there = times_written(folder / "tensorboard", _LOSSES)
-        metrics = folder / "metrics.jsonl"
-        known = entries_of(metrics, step) if step and metrics.exists() else []
-        first = min((entry.step for entry in known if not _is_among(entry, there)), default=step + 1)
-        self._missed = [entry for entry in known if entry.step >= first]
-        # TensorBoard drops what earlier starts wrote from the purge step on: it is written or comes again.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+        self._metrics, self._step = folder / "metrics.jsonl", step
+        for earlier in (folder / "tensorboard").glob("events.out.tfevents.*"):
+            earlier.unlink()
+        # A TensorBoard that is watching drops what it has read: all of it comes again.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=0)
 
     def catch_up(self) -> None:
-        for entry in self._missed:
+        for entry in entries_of(self._metrics, self._step) if self._step and self._metrics.exists() else []:
             self._add(entry)
         self._writer.flush()
 
@@ -198,12 +191,6 @@ class _TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def _is_among(entry: Entry, there: dict[tuple[str, int], list[float]]) -> bool:
-    """Whether this very record was written, not one of the same step before a kill."""
-    times = [time for name in _LOSSES if name in entry.values for time in there.get((name, entry.step), [])]
-    return any(abs(time - entry.time) < _SAME_S for time in times)
 
 
 class _Wandb:

@@ -24,16 +24,16 @@ from clusterssl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHES = {
-    "sinkhorn": "--ranks 1 2 --repeats 9",
-    "kmeans": "--repeats 2",
+    "sinkhorn": "--ranks 1 2 --batches 256 1024 4096 --repeats 5",
+    "kmeans": "--repeats 1",
     "transport": "--repeats 1",
     "lars": "--threads 1 --repeats 9",
-    "train_step": "--repeats 3",
+    "train_step": "--repeats 2",
     "scale": "--repeats 1 --assume_tflops 100",
     "knn": "--repeats 2 --threads 1 --dims 128 --memory_rows 0",
     "linear": "--images 200 --threads 1 --repeats 1",
     "resident": "--batches 30 --repeats 3",
-    "saves": "--repeats 3",
+    "saves": "--repeats 2",
     "data_path": "--images 24 --repeats 5",
     "augment": "--images 12 --repeats 5",
     "loader": "--batches 10 --repeats 3",

@@ -139,8 +139,10 @@ COLLAPSING = [
 
 def test_a_collapsing_run_is_named_within_100_steps_and_stopped(tmp_path: Path) -> None:
     flags = [*COLLAPSING, "--stop_on_collapse", "true", "--dump_path", str(tmp_path)]
-    codes, printed = Launched("main_swav.py", *flags).wait()
-    assert codes == [2] and "collapse: loss" in printed and "--epsilon" in printed
+    codes, printed = Launched("main_swav.py", *flags, ranks=2).wait()
+    assert codes == [2, 2] and "collapse: loss" in printed and "--epsilon" in printed
+    warned = [line for line in printed.splitlines() if "collapse: loss" in line and "--stop_on_collapse" not in line]
+    assert len(warned) == 1, "by one rank"
     assert max(record.get("step", 0) for record in metrics(tmp_path)) <= 100
 
 

@@ -175,7 +175,8 @@ class Monitor:
         if self._suspect < self.patience or self.verdict:
             return
         self.verdict = f"collapse: {evidence}. {self.remedies}".strip()
-        logger.warning("%s", self.verdict)
+        if dist.rank() == 0:  # all ranks see the same
+            logger.warning("%s", self.verdict)
 
 
 def _evidence(loss: float, numbers: dict[str, float], untrained: float, ln_k: float) -> str:

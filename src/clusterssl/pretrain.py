@@ -192,10 +192,9 @@ def _tell(config: PretrainConfig, loader: Loader, model: nn.Module, world: World
     ranks = f"{world.size} ranks ({world.launcher})" if world.size > 1 else "alone"
     logger.info("%s, %.1f M parameters, on %s, %s", config.model.arch, parameters, world.device, ranks)
     logger.info(
-        "%d images from %s, %d crops each, %d images a step, %d steps an epoch, %d epochs; run directory %s",
-        len(loader.source), config.data.data_path, num_views(config.data), loader.global_batch,
-        loader.batches_per_epoch,
-        config.optim.epochs, config.run.dump_path,
+        "%d images from %s, %d crop%s each, %d images a step, %d steps an epoch, %d epochs; run directory %s",
+        len(loader.source), config.data.data_path, num_views(config.data), "s" * (num_views(config.data) > 1),
+        loader.global_batch, loader.batches_per_epoch, config.optim.epochs, config.run.dump_path,
     )  # fmt: skip
     optim = config.optim
     if optim.usable_warmup != optim.warmup_epochs:

@@ -35,7 +35,7 @@ def main() -> None:
     config = cfg.parse(Config, description=__doc__)
     world = config.launch.join()
     inputs.require_alone(world, "visualize.py")
-    Look(inputs.of_run(config.network), config.look, world, config.seed).write(config.ascent)
+    Look(config.network, config.look, world, config.seed).write(config.ascent)
     dist.leave()
 
 

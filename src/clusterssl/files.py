@@ -104,13 +104,18 @@ def save_checkpoint(state: dict[str, Any], path: Path, *, keep_previous_as: Path
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file onto the CPU without ever running code from it (`weights_only=True`, or safetensors).
 
+    Args:
+        path: the file; or a folder, such as a run directory, with one of the usual name.
+
     Raises:
         UserError: no such file; truncated or foreign file; a file that holds pickled objects.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
-        inside = next((name for name in _USUAL if (path / name).is_file()), "the checkpoint file in it")
-        raise UserError(f"{path}: is a folder; give {path / inside if inside in _USUAL else inside}")
+        inside = next((path / name for name in _USUAL if (path / name).is_file()), None)
+        if inside is None:
+            raise UserError(f"{path}: a folder without {' or '.join(_USUAL)}; give the checkpoint file")
+        path = inside
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file; check the path")
     if path.suffix == ".safetensors":

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ class NetworkOptions:
     """Network to evaluate."""
 
     pretrained: str = ""
-    """checkpoint (file or URL, own or published) of the network; without one it is evaluated untrained"""
+    """checkpoint (file, run directory or URL, own or published); without one the network is evaluated untrained"""
     arch: str = "resnet50"
     """architecture; without this flag the one that the checkpoint names or shows"""
     stem: Literal["auto", "imagenet", "small"] = "auto"
@@ -152,14 +152,6 @@ def open_network(
     logger.info("%s, stem %s, images of %dx%d", arch, backbone.stem_name, *image_size)
     backbone.requires_grad_(False)
     return Network(backbone, arch, stem, image_size, fingerprint(backbone), pixel_std(state))
-
-
-def of_run(flags: NetworkOptions) -> NetworkOptions:
-    """The same with the checkpoint of a run where its directory is named."""
-    folder = Path(flags.pretrained).expanduser()
-    return (
-        replace(flags, pretrained=str(folder / "checkpoint.pth.tar")) if flags.pretrained and folder.is_dir() else flags
-    )
 
 
 def require_alone(world: World, script: str) -> None:

@@ -83,9 +83,7 @@ def label_folder(options: Options, world: World) -> None:
         tables.check_links(source)
     asked = near.pictures(options.neighbours.near)
     _check_out(out, folder.images)
-    reader, network = open_reader(
-        inputs.of_run(options.network), options.reading, device=world.device, seed=options.seed
-    )
+    reader, network = open_reader(options.network, options.reading, device=world.device, seed=options.seed)
     k = _number(folder.k, reader, len(source))
     scan = Scan(out / "features", facts_of(reader, source, network, options.reading))
     workers = inputs.DataOptions(data_path=folder.images, workers=folder.workers).usable_workers

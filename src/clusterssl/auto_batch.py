@@ -167,6 +167,8 @@ def with_batch(
     most = max(images // (FEWEST_STEPS * optim.accumulate * world.size), 1)
     logger.info("--auto_batch: looking for the largest batch of which a step takes no more than %.2f GB", limit / 1e9)
     batch = _planned(images, world, limit, most)
+    if batch == choices(most)[-1] and optim.batch_size <= most:
+        batch = max(batch, optim.batch_size)  # which may lie between the last choice and the limit
     if world.device.type == "cuda":
         batch = _tried(config, batch, world, make_model, precision)
     if batch == 0:
@@ -175,7 +177,7 @@ def with_batch(
             "or smaller crops (--nmb_crops, --size_crops)"
         )
     chosen, factor = scaled(config, batch, world.size), _factor(optim, batch)
-    bounded = batch == choices(most)[-1]
+    bounded = batch >= choices(most)[-1]
     why = f"so that an epoch keeps {FEWEST_STEPS} steps; memory would allow more"
     _tell(config, chosen, factor, why if bounded else f"the largest within {limit / 1e9:.2f} GB")
     return chosen, {FACTOR: factor}

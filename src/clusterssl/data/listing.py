@@ -75,7 +75,7 @@ def list_folder(folder: Path) -> Listing:
     if not found:
         told = " ".join(EXTENSIONS)
         what = "is empty" if not any(folder.iterdir()) else f"holds no images (read are {told})"
-        raise UserError(f"data folder {folder} {what}: check data_path")
+        raise UserError(f"data folder {folder} {what}: give a folder of images")
     if any(inner == "" for inner, _ in found):
         found.sort()
         names = [f"{inner}/{name}" if inner else name for inner, name in found]

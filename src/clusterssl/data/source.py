@@ -151,7 +151,7 @@ def fingerprint(source: Source) -> str:
 
 def _split_folder(path: Path, split: str) -> Path:
     if not path.is_dir():
-        raise UserError(f"data folder {path} does not exist: check data_path")
+        raise UserError(f"data folder {path} does not exist: give a folder of images, or a file that lists them")
     if split:
         folder = path / split
         if not folder.is_dir():

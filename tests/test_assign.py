@@ -227,7 +227,7 @@ def test_bad_input(tmp_path: Path, photos: Path) -> None:
         ("out", ["--pretrained", own, "--images", empty], "empty is empty"),
         ("out", ["--pretrained", own, "--images", tmp_path / "none"], "does not exist"),
         ("out", ["--pretrained", tmp_path / "none.pth", "--images", photos], "none.pth: no such checkpoint"),
-        ("out", ["--pretrained", empty, "--images", photos], "checkpoint.pth.tar: no such checkpoint"),
+        ("out", ["--pretrained", empty, "--images", photos], "a folder without checkpoint.pth.tar or"),
         ("out", [*good, "--k", 21], "--k 21: there are only 20 images"),
         ("out", [*good, "--k", -1], "--k -1"),
         ("out", [*good, "--cls_num", 3], "heads 0 to 0"),

@@ -191,16 +191,6 @@ def test_a_resumed_run_takes_new_rates_by_the_factor_of_its_first_start() -> Non
     assert (given.optim.batch_size, given.optim.base_lr) == (256, 0.1), "a run that began without --auto_batch"
 
 
-@pytest.mark.parametrize(("given", "chosen"), [(100, 100), (64, 96), (300, 96)])
-def test_a_batch_that_leaves_ten_steps_is_not_made_smaller(
-    given: int, chosen: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("clusterssl.auto_batch._asked", lambda facts: choices(facts["most"])[-1])
-    config = Config(optim=OptimOptions(batch_size=given))
-    found, _ = with_batch(config, 1000, World(), lambda _: None, Precision(), None)
-    assert found.optim.batch_size == chosen
-
-
 def test_planning_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_batch, "PLANNING_S", 0.05)
     monkeypatch.setattr("sys.argv", [str(ROOT / "main_swav.py"), *FLAGS])

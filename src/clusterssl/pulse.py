@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 _listening: list[Callable[[], None]] = []
 _polled: list[Callable[[], None]] = []
 _last: tuple[float, str] = (time.monotonic(), "the start")
 
 
-@contextmanager
-def listening(heed: Callable[[], None]) -> Iterator[None]:
+def listening(heed: Callable[[], None]) -> AbstractContextManager[None]:
     """While in the context, `tick` calls `heed`, a collective that may raise, on all ranks alike."""
-    _listening.append(heed)
-    try:
-        yield
-    finally:
-        _listening.pop()
+    return _within(_listening, heed)
 
 
 def tick() -> None:
@@ -28,14 +23,18 @@ def tick() -> None:
         _listening[-1]()
 
 
-@contextmanager
-def polled(check: Callable[[], None]) -> Iterator[None]:
+def polled(check: Callable[[], None]) -> AbstractContextManager[None]:
     """While in the context, `poll` calls `check`, which may raise on this rank."""
-    _polled.append(check)
+    return _within(_polled, check)
+
+
+@contextmanager
+def _within(calls: list[Callable[[], None]], call: Callable[[], None]) -> Iterator[None]:
+    calls.append(call)
     try:
         yield
     finally:
-        _polled.pop()
+        calls.pop()
 
 
 def poll(place: str = "") -> None:

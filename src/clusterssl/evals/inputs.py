@@ -40,7 +40,7 @@ class NetworkOptions:
     """Network to evaluate."""
 
     pretrained: str = ""
-    """checkpoint (file, run directory or URL, own or published); without one the network is evaluated untrained"""
+    """checkpoint (file, run directory or URL, own or published); evaluations without one are of an untrained network"""
     arch: str = "resnet50"
     """architecture; without this flag the one that the checkpoint names or shows"""
     stem: Literal["auto", "imagenet", "small"] = "auto"

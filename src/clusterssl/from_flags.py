@@ -11,7 +11,7 @@ import torch
 
 from clusterssl import dist
 from clusterssl.batchnorm import synchronise
-from clusterssl.compiling import compile_module, require_compiler
+from clusterssl.compiling import compile_module, require_compiler, require_cuda_graphs
 from clusterssl.data import Loader, MultiCrop, Resident, Source
 from clusterssl.data.devicedecode import DeviceDecode, gpu_decoder
 from clusterssl.dist import World
@@ -81,8 +81,10 @@ def number_of_workers(config: PretrainConfig) -> int:
 def placed(model: Any, config: PretrainConfig, world: World) -> Any:
     """The network with its first weights, on the device, its statistics shared as the flags say."""
     options = config.model
-    if options.compile:
+    if options.compiled:
         require_compiler(world.device)
+    if options.cuda_graphs:
+        require_cuda_graphs(world, config.optim.accumulate)
     check_crop_sizes(model.backbone, config.data.size_crops)
     if options.init:
         init_model(model, options.init)
@@ -90,8 +92,8 @@ def placed(model: Any, config: PretrainConfig, world: World) -> Any:
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
     synchronise(model, options.sync_bn, options.syncbn_process_group_size, world.device)
-    if options.compile:
-        compile_module(model.backbone)
+    if options.compiled:
+        compile_module(model.backbone, options.cuda_graphs)
     return model
 
 

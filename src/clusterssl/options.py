@@ -91,10 +91,17 @@ class TrunkOptions:
     """memory layout in which convolutions are fastest, on CPUs and on GPUs with mixed precision"""
     compile: bool = False
     """compile the backbone, and on GPUs the augmentation, with torch.compile"""
+    cuda_graphs: bool = False
+    """--compile, and replay the backbone's kernels as CUDA graphs: for small networks on one GPU"""
 
     def __post_init__(self) -> None:
         known = ("pytorch", "apex", "none")
         require(self.sync_bn in known, f"--sync_bn {self.sync_bn}: use pytorch, apex or none")
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the network is compiled, in either way."""
+        return self.compile or self.cuda_graphs
 
 
 @dataclass(frozen=True)

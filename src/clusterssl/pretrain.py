@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 FREE = SILENT | frozenset(
     ["data_path", "subset_file", "decode", "batch_size", "accumulate", "epochs", "base_lr", "final_lr", "wd",
-     "warmup_epochs", "start_warmup", "clip_grad", "init", "device", "channels_last", "compile", "use_fp16",
-     "amp_dtype", "grad_compression", "syncbn_process_group_size"]
+     "warmup_epochs", "start_warmup", "clip_grad", "init", "device", "channels_last", "compile", "cuda_graphs",
+     "use_fp16", "amp_dtype", "grad_compression", "syncbn_process_group_size"]
 )  # fmt: skip
 """flags that may differ when a run is resumed: the global batch and the number of images are compared instead"""
 
@@ -171,7 +171,7 @@ def _feed(
 ) -> Feed:
     ledger = BadImages(loader.source, folder / "bad_images.txt", max_bad_fraction=config.data.max_bad_fraction)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
-    if config.model.compile and world.device.type == "cuda":  # on CPUs it is slower, see bench/augment.py
+    if config.model.compiled and world.device.type == "cuda":  # on CPUs it is slower, see bench/augment.py
         augment = augment.fuse(layout)
     return Feed(loader, augment, world, layout, precision, ledger)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clusterssl.cluster.coarse import ELEMENTS, FEWEST, Coarse, Workspace, best_of, candidates, coarse, supported
+from clusterssl.cluster.gpu import for_kernels
 from clusterssl.errors import UserError
 
 Found = Iterator[tuple[slice, Tensor, Tensor]]
@@ -51,6 +52,7 @@ Search = Callable[[Tensor, Target], Found]
 
 _SCORES_CPU, _SCORES_GPU = 2**20, 2**27
 _FAISS_ROWS = 2**16
+_KERNEL_ROWS = 2**20
 
 
 def block_rows(clusters: int, device: torch.device) -> int:
@@ -60,7 +62,10 @@ def block_rows(clusters: int, device: torch.device) -> int:
 
 
 def search_torch(x_ND: Tensor, target: Target) -> Found:
-    """Search by matrix products; of equal scores the first centroid wins."""
+    """Search by matrix products, on a GPU by one kernel where Triton is; of equal scores the first centroid wins."""
+    if for_kernels(x_ND):
+        yield from search_in_one_kernel(x_ND, target)
+        return
     clusters, scores_nK = len(target.centroids_KD), x_ND.new_empty(0)
     rounded = target.coarse if len(x_ND) >= FEWEST else None
     size = max(FEWEST, ELEMENTS // clusters) if rounded else block_rows(clusters, x_ND.device)
@@ -80,6 +85,17 @@ def search_torch(x_ND: Tensor, target: Target) -> Found:
             out_nK -= target.offset_K
         labels_n = _argmax(out_nK)
         yield rows, labels_n, out_nK.gather(1, labels_n[:, None])[:, 0]
+
+
+def search_in_one_kernel(x_ND: Tensor, target: Target) -> Found:
+    """Search without writing a score to memory; see `nearest_kernel`."""
+    from clusterssl.cluster.nearest_kernel import nearest_by_kernel
+
+    for start in range(0, len(x_ND), _KERNEL_ROWS):
+        rows = slice(start, min(start + _KERNEL_ROWS, len(x_ND)))
+        near_nD = target.near(x_ND[rows])
+        labels_n = nearest_by_kernel(near_nD, target.centroids_KD, target.offset_K)
+        yield rows, labels_n, target.scores(near_nD, labels_n)
 
 
 def _argmax(scores_nK: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ SwAV (Caron et al. 2020, arXiv 2006.09882), equations 3 to 5, after Cuturi 2013.
 with P = exp((scores - shift) / epsilon) computed once, so that an iteration is two matrix-vector products and one
 all-reduce of a K-vector, and no N x K matrix is rewritten. On a CPU both products are taken block of rows by block of
 rows, while the block is in the cache, and of several problems that no other rank waits for one is finished before the
-next; exponentials are powers of two, which cost a third of those of e there.
+next; exponentials are powers of two, which cost a third of those of e there. On a GPU each pass is one kernel.
 
 Shape suffixes: A problems at once, N images of this rank, n images of a block, K prototypes.
 """
@@ -12,12 +12,14 @@ Shape suffixes: A problems at once, N images of this rank, n images of a block, 
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clusterssl import dist
+from clusterssl.cluster.gpu import for_kernels
 
 # Largest (max - min score) / epsilon for which exp() in float32 keeps every entry of P a normal number, with room for
 # the products with u and v; beyond it the log domain is used.
@@ -72,27 +74,63 @@ def _range(scores: Tensor) -> tuple[float, float]:
 
 def _by_scaling(scores_ANK: Tensor, shift: float, epsilon: float, iterations: int, plan_ANK: Tensor) -> None:
     """Writes the plans to `plan_ANK`, which may be the scores themselves; a shift to their middle rounds least."""
-    scale = math.log2(math.e) / epsilon
-    rows = _rows_at_a_time(plan_ANK[0])
-    blocks = [(a, block_nK) for a, plan_NK in enumerate(plan_ANK) for block_nK in plan_NK.split(rows)]
-    given = [scores_nK for scores_NK in scores_ANK for scores_nK in scores_NK.split(rows)]
-    column_AK = plan_ANK.new_zeros(plan_ANK.shape[0], plan_ANK.shape[2])
-    for scores_nK, (a, block_nK) in zip(given, blocks, strict=True):
-        if shift:
-            scores_nK = torch.sub(scores_nK, shift, out=block_nK)
-        torch.mul(scores_nK, scale, out=block_nK).exp2_()
-        column_AK[a] += _times(block_nK.new_ones(len(block_nK)), block_nK)
-    u_AK = _inverse(_summed(column_AK))
+    passes = _passes(scores_ANK, plan_ANK)
+    u_AK = _inverse(_summed(passes.start(scores_ANK, shift, math.log2(math.e) / epsilon)))
     for number in range(1, iterations):
         if number % _ITERATIONS_IN_RANGE == 0:  # by a power of two, which rounds nothing
             u_AK = torch.ldexp(u_AK, -torch.frexp(u_AK.amax(1, keepdim=True)).exponent)
-        column_AK = torch.zeros_like(column_AK)
-        for a, block_nK in blocks:
+        u_AK = _inverse(_summed(passes.sweep(u_AK)))
+    passes.finish(u_AK)
+
+
+class Passes(Protocol):
+    """Over the plans of several problems, in place."""
+
+    def start(self, scores_ANK: Tensor, shift: float, scale: float) -> Tensor: ...
+    def sweep(self, u_AK: Tensor) -> Tensor: ...
+    def finish(self, u_AK: Tensor) -> None: ...
+
+
+def _passes(scores_ANK: Tensor, plan_ANK: Tensor) -> Passes:
+    if for_kernels(plan_ANK) and scores_ANK.is_contiguous() and plan_ANK.is_contiguous():
+        from clusterssl.cluster.sinkhorn_kernels import MOST_PROTOTYPES, ByKernels
+
+        if plan_ANK.shape[2] <= MOST_PROTOTYPES:
+            return ByKernels(plan_ANK)
+    return ByOperations(plan_ANK)
+
+
+class ByOperations:
+    """The passes as PyTorch's operations, block of rows by block of rows."""
+
+    def __init__(self, plan_ANK: Tensor) -> None:
+        self.rows = _rows_at_a_time(plan_ANK[0])
+        self.blocks = [(a, block_nK) for a, plan_NK in enumerate(plan_ANK) for block_nK in plan_NK.split(self.rows)]
+        self.problems, self.prototypes = plan_ANK.shape[0], plan_ANK.shape[2]
+
+    def start(self, scores_ANK: Tensor, shift: float, scale: float) -> Tensor:
+        """plan = 2^((scores - shift) scale), and its sums over this rank's rows [A, K]."""
+        given = [scores_nK for scores_NK in scores_ANK for scores_nK in scores_NK.split(self.rows)]
+        column_AK = scores_ANK.new_zeros(self.problems, self.prototypes)
+        for scores_nK, (a, block_nK) in zip(given, self.blocks, strict=True):
+            if shift:
+                scores_nK = torch.sub(scores_nK, shift, out=block_nK)
+            torch.mul(scores_nK, scale, out=block_nK).exp2_()
+            column_AK[a] += _times(block_nK.new_ones(len(block_nK)), block_nK)
+        return column_AK
+
+    def sweep(self, u_AK: Tensor) -> Tensor:
+        """Sums [A, K] over rows of which each, times u, sums to 1."""
+        column_AK = torch.zeros_like(u_AK)
+        for a, block_nK in self.blocks:
             column_AK[a] += _times(_inverse(block_nK @ u_AK[a]), block_nK)
-        u_AK = _inverse(_summed(column_AK))
-    for a, block_nK in blocks:
-        v_n = _inverse(block_nK @ u_AK[a])
-        block_nK.mul_(u_AK[a]).mul_(v_n[:, None])
+        return column_AK
+
+    def finish(self, u_AK: Tensor) -> None:
+        """The plan's columns times u, and its rows to the sum 1."""
+        for a, block_nK in self.blocks:
+            v_n = _inverse(block_nK @ u_AK[a])
+            block_nK.mul_(u_AK[a]).mul_(v_n[:, None])
 
 
 def _summed(column_AK: Tensor) -> Tensor:

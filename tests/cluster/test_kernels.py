@@ -1,0 +1,57 @@
+"""What is written in Triton: by its interpreter, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from clusterssl.cluster.nearest import Target, search_torch
+from clusterssl.cluster.sinkhorn import sinkhorn
+from tests.cluster.test_sinkhorn import cosines, reference
+from tests.launch import ROOT
+
+
+@pytest.mark.parametrize("name", ["nearest", "sinkhorn"])
+def test_by_the_interpreter(name: str) -> None:
+    pytest.importorskip("triton", reason="comes with PyTorch for CUDA")
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/cluster/interpreted_{name}.py"]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"(\d+) passed", done.stdout) and "skipped" not in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, clusters, dim", [(1000, 257, 128), (70_000, 3000, 128), (5000, 1000, 2048)])
+@pytest.mark.parametrize("euclidean", [False, True])
+def test_nearest_on_a_gpu(rows: int, clusters: int, dim: int, euclidean: bool) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    generator = torch.Generator("cuda").manual_seed(rows)
+    x_ND, c_KD = (torch.randn(n, dim, generator=generator, device="cuda") for n in (rows, clusters))
+    offset_K = c_KD.square().sum(1) / 2 if euclidean else None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    labels_N = torch.cat([labels for _, labels, _ in search_torch(x_ND, Target(c_KD, None, offset_K))])
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken < 3 * x_ND.nbytes + c_KD.nbytes + 100 * rows + 2**20, "scores were written"
+    exact_NK = x_ND.double() @ c_KD.double().T - (0 if offset_K is None else offset_K.double())
+    mine_N = exact_NK.gather(1, labels_N[:, None])[:, 0]
+    assert float((exact_NK.amax(1) - mine_N).max()) <= 2e-5 * dim**0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, prototypes", [(1, 5), (512, 3000), (4096, 3000), (300, 10_000), (64, 20_000)])
+def test_sinkhorn_on_a_gpu(rows: int, prototypes: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    scores = cosines(rows, prototypes)
+    plan = sinkhorn(scores.cuda(), 0.05, 3, bound=1.0).cpu()
+    np.testing.assert_allclose(plan.numpy(), reference(scores.numpy(), 0.05, 3), rtol=0, atol=2e-6)

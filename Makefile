@@ -22,11 +22,10 @@ test: $(INSTALLED) ## the default tests (one process a core, four at most)
 slow: $(INSTALLED) ## the tests that take minutes (two files at a time)
 	@$(BIN) -m pytest -m slow -n auto --maxprocesses 2 --dist loadfile $(ARGS)
 
-# Results lie in bench/results/NAME-$(HARDWARE).json; bench/compare.py compares them with others.
-HARDWARE ?= here
-bench: $(INSTALLED) ## measure what needs no GPU, under 10 minutes; CLUSTERSSL_DATA names the folder of photographs
+# Results to be committed: make bench ARGS="--folder bench/results --hardware NAME".
+bench: $(INSTALLED) ## measure what needs no GPU, under 10 minutes, into runs/bench; CLUSTERSSL_DATA names the photographs
 	@$(BIN) -m uv pip install --quiet --python $(BIN) --constraint constraints.txt --requirement pyproject.toml --extra bench
-	@$(BIN) bench/suite.py --hardware $(HARDWARE) $(ARGS)
+	@$(BIN) bench/suite.py $(ARGS)
 
 docs: $(INSTALLED) ## the documentation as a site, site/index.html; a broken link is an error
 	@$(BIN) -m uv pip install --quiet --python $(BIN) --constraint constraints.txt --requirement pyproject.toml --extra docs

@@ -17,15 +17,16 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 from PIL import Image
+from record import options_of, write_result
+from summary import Line, Summary, Table, count, duration, quantity
 
-from bench.record import options_of, write_result
 from clusterssl import config as cfg
 from clusterssl.models.build import build_model
 from clusterssl.models.weights import published_state_dict
@@ -101,6 +102,26 @@ def watched(words: list[str]) -> dict[str, float]:
     return {"peak_mib": round(whole, 1), "anonymous_mib": round(anonymous, 1), "seconds": time.monotonic() - began}
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    runs = {"labels of the heads": result["heads"], "k-means of kept features": result["k_means_of_kept_features"]}
+    rows = [
+        (name, duration(found["seconds"], "s"), quantity(found["peak_mib"], "MiB"),
+         quantity(found["anonymous_mib"], "MiB"))
+        for name, found in runs.items()
+    ]  # fmt: skip
+    copies = f"{result['copies_found']:,} of {result['copies_planted']:,}"
+    return Summary(
+        "What memory and time does assign.py need for many images, and does it find the copies?",
+        f"the whole command, {result['images']:,} images",
+        f"{result['images']:,} small JPEGs, {result['features']} features, {count(result['threads'], 'thread')}; "
+        "loader processes count.",
+        [Table(("", "time", "memory at its peak", "of that no file's"), rows)],
+        [Line("copies found", f"{copies}, in {count(result['groups'], 'group')}"),
+         Line("memory at its peak", quantity(max(found["peak_mib"] for found in runs.values()), "MiB"))],
+    )  # fmt: skip
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     with tempfile.TemporaryDirectory() as temporary:
@@ -124,8 +145,7 @@ def main() -> None:
         "k_means_of_kept_features": second, "clusters_used": about["clusters_used"],
         "copies_planted": len(range(0, options.images - 99, 100)), "copies_found": planted, "groups": len(groups),
     }  # fmt: skip
-    print(json.dumps(result, indent=1))
-    write_result(Path(options.out), result)
+    write_result(Path(options.out), result, summary)
 
 
 if __name__ == "__main__":

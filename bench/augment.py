@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from photos import folder_of_photos
 from record import options_of, write_result
+from summary import Bar, Summary, against, count
 from timing import in_turns
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -34,6 +35,7 @@ from clusterssl.data.params import JITTER_ORDERS, Param
 from clusterssl.pretrain import keep_freed_memory
 
 System = Callable[[], Any]
+BARS = {"cpu": Bar("colour, blur, flip, normalisation of an image on one core", 19, "ms", most=True)}
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,23 @@ def systems(batch: Batch, device: str) -> dict[str, System]:
     return {**found, "kornia": lambda: [third(x.to(device).contiguous().float().div_(255)) for x in resolutions]}
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    options, table = result["options"], result["ms_per_image"]
+    on_cpu = options["device"] == "cpu"
+    seconds = {name: {key: value / 1e3 for key, value in one.items()} for name, one in table.items()}
+    one_core = on_cpu and options["threads"] == 1
+    return Summary(
+        "What do colour, blur, flip and normalisation of an image's crops cost?",
+        "ours; crop by crop, torchvision v2, kornia",
+        f"2 x 224 + 6 x 96 px, {options['images']} images at once, "
+        f"{count(options['threads'], 'thread') if on_cpu else 'GPU'}; medians of {options['repeats']} (quartiles).",
+        [against(seconds, what="an image")],
+        [BARS["cpu"].judge(table["ours"]["median"], "published, decoding included: 19 to 20 ms")] if one_core else [],
+        "The share of a GPU's training step is told by `train_step`.",
+    )
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     torch.set_num_threads(options.threads)
@@ -129,12 +148,10 @@ def main() -> None:
     with torch.no_grad():
         found = in_turns(systems(batch, options.device), options.repeats)
     table = {}
-    print(f"{options.images} images, 2 x 224 + 6 x 96, {options.device}; milliseconds an image\n")
     for name, one in found.items():
         ms = {key: 1e3 * value / options.images for key, value in one._asdict().items()}
         table[name] = {**ms, "over_ours": one.median / found["ours"].median}
-        print(f"{name:16} {ms['median']:8.3f} = {table[name]['over_ours']:6.2f} x ours (CPU time {ms['cpu']:.3f})")
-    write_result(Path(options.out), {"options": cfg.plain(options), "ms_per_image": table})
+    write_result(Path(options.out), {"options": cfg.plain(options), "ms_per_image": table}, summary)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from record import options_of, write_result
+from summary import Bar, Summary, Table
 
 from clusterssl import config as cfg
 from tests.chaos import faults
@@ -39,6 +40,10 @@ from tests.slurm.jobs import RECIPE, TINY_JOB
 from tests.test_recipes import flags_of
 
 HEAD = ("fault", "times", "how it ended", "restarts", "steps lost at most", "all equal", "orphans")
+BARS = {
+    "equal": Bar("runs that differ from the undisturbed one", 0, "", most=True),
+    "orphans": Bar("processes that outlive their run", 0, "", most=True),
+}
 
 
 @dataclass(frozen=True)
@@ -160,26 +165,41 @@ def slurm_rows(scratch: Path, options: Options) -> Iterator[dict[str, Any]]:
             yield row(name, on_slurm(cluster, harm, scratch / "job", folder, options))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
-    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The faults."""
+    cells = []
     for one in rows:
         inside = f" ({one['inside_a_save']} within a save)" if "SIGKILL" in one["fault"] else ""
         equal = "yes" if not one["differences"] else f"{len(one['differences'])} not"
-        cells = [one["fault"] + inside, one["times"], "; ".join(one.get("ended", ())), one.get("restarts", ""),
-                 one.get("lost_steps", 0), equal, len(one.get("orphans", ()))]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        cells.append((one["fault"] + inside, one["times"], "; ".join(one.get("ended", ())), one.get("restarts", ""),
+                      one.get("lost_steps", 0), equal, len(one.get("orphans", ()))))  # fmt: skip
+    return Table(HEAD, cells)
+
+
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    rows = result["rows"]
+    tried = sum(one["times"] for one in rows)
+    different = sum(len(one["differences"]) for one in rows)
+    where = "jobs on a Slurm cluster of two nodes" if result["options"].get("where") == "slurm" else "two ranks"
+    return Summary(
+        "What becomes of runs that are killed, cut off, filled up and confused?",
+        f"runs after a fault; an undisturbed run; {where}",
+        f"{where[0].upper()}{where[1:]} train a tiny network, started again until they end well; then all that the run "
+        "directory holds is compared bit by bit.",
+        [table(rows)],
+        [BARS["equal"].judge(different, f"{tried} faults"),
+         BARS["orphans"].judge(sum(len(one.get("orphans", ())) for one in rows))],
+    )  # fmt: skip
 
 
 def show(rows: list[dict[str, Any]], options: Options) -> None:
     """Print and write what has been measured."""
-    print(table(rows))
     if options.page:
         page = Path(options.page)
         before, begin, rest = page.read_text().partition(f"<!-- {options.where} -->\n")
         page.write_text(f"{before}{begin}{table(rows)}\n\n{rest[rest.index('<!-- end -->') :]}")
-    write_result(Path(options.out), {"options": cfg.plain(options), "flags": FLAGS, "rows": rows})
+    write_result(Path(options.out), {"options": cfg.plain(options), "flags": FLAGS, "rows": rows}, summary)
 
 
 def main() -> None:

@@ -23,11 +23,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from record import options_of, write_result
+from summary import Bar, Summary, Table, count, duration
 from torch import nn
 from trained import ROOT, K, better, top1, unpacked, untrained
 
@@ -41,6 +43,10 @@ from clusterssl.models.weights import published_state_dict, read_weights
 from clusterssl.optim import warmup_cosine
 
 SIZE = (32, 32)
+BARS = {
+    "untrained": Bar("k-NN above the untrained network", 8, "points"),
+    "lightly": Bar("k-NN above lightly's at equal CPU time", 0, "points"),
+}
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,24 @@ def pixels(options: Options) -> float:
     return knn_accuracy(*train, *val, ks=(K,))[K][0]
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    knn, linear, seeds = result["mean_knn"], result["mean_linear"], result["seeds"]
+    rows = [("raw pixels", f"{result['pixels_knn']:.1f} %", "", "", "")]
+    for name in knn:
+        seconds = [one["cpu_seconds"] for one in seeds[name] if "cpu_seconds" in one]
+        rows.append((name, f"{knn[name]:.1f} %", f"{linear[name]:.1f} %",
+                     duration(mean(seconds), "s") if seconds else "", str(len(seeds[name]))))  # fmt: skip
+    told = count(len(seeds["ours"]), "seed")
+    return Summary(
+        "What does the CPU recipe learn on CIFAR-10, beside lightly in the same time?",
+        "ours; lightly's SwAV, untrained network, raw pixels",
+        f"{result['recipe']}; k-NN (k = {result['k']}) and a linear probe on test images, mean of {told}.",
+        [Table(("", "k-NN", "linear", "CPU time", "seeds"), rows)],
+        [BARS[name].judge(knn["ours"] - knn[name], told) for name in BARS],
+    )
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     options = replace(options, data_path=unpacked(options.data_path, Path(options.folder) / "images"))
@@ -191,12 +215,9 @@ def report(options: Options, rows: dict[str, list[dict]]) -> None:
     """Print the means so far and write them down."""
     knn = {name: mean(one["eval_knn"] for one in found) for name, found in rows.items()}
     linear = {name: mean(one["eval_linear"] for one in found) for name, found in rows.items()}
-    raw, count = pixels(options), len(rows["ours"])
-    print(f"\nCIFAR-10, mean of {count} seeds   k-NN (k = {K})   linear\nraw pixels   {raw:8.1f}")
-    for name in rows:
-        print(f"{name:12} {knn[name]:8.1f} {linear[name]:16.1f}")
+    raw = pixels(options)
     means = {"pixels_knn": raw, "mean_knn": knn, "mean_linear": linear}
-    write_result(Path(options.out), {"recipe": options.recipe, "k": K, **means, "seeds": dict(rows)})
+    write_result(Path(options.out), {"recipe": options.recipe, "k": K, **means, "seeds": dict(rows)}, summary)
 
 
 if __name__ == "__main__":

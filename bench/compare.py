@@ -21,6 +21,11 @@ from figures import Figure, figures, read
 
 from clusterssl import config as cfg
 
+UNIMPORTANT = ("repeats", "out", "folder", "page", "times", "kills", "megabytes", "step_s")
+"""options that do not change what a time means, and what is measured beside them"""
+ROWS = ("batches", "ranks", "workers", "dims", "ks", "gpus", "w5_batches", "leave_out", "seeds")
+"""options that, where they are lists, only say which rows there are"""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -49,6 +54,27 @@ def changes(old: dict[str, Any], new: dict[str, Any], options: Options) -> Itera
             yield word, " / ".join(path), before[path], now
 
 
+def otherwise(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Why two results cannot be compared: their hardware, or options that say more than how often was measured."""
+    if old["hardware"] != new["hardware"]:
+        return "measured on other hardware"
+    before, now = (record["result"].get("options", {}) for record in (old, new))
+    other = [name for name in before if name in now and before[name] != now[name] and name not in UNIMPORTANT
+             and not (name in ROWS and isinstance(now[name], list))]  # fmt: skip
+    return f"measured with other --{' --'.join(other)}" if other else ""
+
+
+def report(name: str, old: dict[str, Any], new: dict[str, Any], options: Options) -> tuple[list[str], int]:
+    """What changed from one result to another, in words, and how many times became slower."""
+    if reason := otherwise(old, new):
+        return [f"{name}: {reason}, not compared"], 0
+    found = list(changes(old, new, options))
+    lines = [f"{name}: {len(found)} of {len(list(figures(new['result'])))} times changed"]
+    for word, path, was, now in found:
+        lines.append(f"  {word}: {path}: {was.median:.4g} -> {now.median:.4g} ms ({now.median / was.median:.2f} x)")
+    return lines, sum(word == "slower" for word, *_ in found)
+
+
 def pairs(old: Path, new: Path) -> list[tuple[Path, Path]]:
     """Files to compare."""
     if not (old.is_dir() and new.is_dir()):
@@ -65,15 +91,9 @@ def main() -> None:
     cfg.require(len(paths) == 2, "name two results: python bench/compare.py OLD NEW")
     slower = 0
     for before, after in pairs(Path(paths[0]), Path(paths[1])):
-        old, new = read(before), read(after)
-        if old["hardware"] != new["hardware"]:
-            print(f"{after.name}: measured on other hardware, not compared")
-            continue
-        found = list(changes(old, new, options))
-        slower += sum(word == "slower" for word, *_ in found)
-        print(f"{after.name}: {len(found)} of {len(list(figures(new['result'])))} times changed")
-        for word, name, was, now in found:
-            print(f"  {word}: {name}: {was.median:.4g} -> {now.median:.4g} ms ({now.median / was.median:.2f} x)")
+        lines, more = report(after.name, read(before), read(after), options)
+        print(*lines, sep="\n")
+        slower += more
     sys.exit(1 if slower else 0)
 
 

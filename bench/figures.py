@@ -1,9 +1,8 @@
-"""The times in a result file, whatever the bench that wrote it: what `compare.py` and `readme.py` read."""
+"""The times in a result file, whatever the bench that wrote it: what `compare.py` reads."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -34,14 +33,6 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or "result" not in record:
         raise UserError(f"{path}: not a result of a bench")
     return record
-
-
-def date(record: dict[str, Any]) -> str:
-    """Day of a measurement: its own word, or that of its commit; "" where neither is known."""
-    if "date" in record:
-        return str(record["date"])
-    words = ["git", "show", "-s", "--format=%cs", record.get("commit", "")]
-    return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 def figures(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Figure]]:

@@ -23,17 +23,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 import torch.nn.functional as F
 from record import options_of, write_result
+from summary import GPU, Bar, Summary, Table, count, duration, times
 from torch import Tensor
 
 from clusterssl import config as cfg
 from clusterssl.cluster.kmeans import KMeansOptions, spherical_kmeans
+
+BARS = {
+    "published": Bar("published algorithm's time of an iteration over ours", 1.8),
+    "faiss.Kmeans": Bar("faiss's time of an iteration over ours", 3.0),
+    "written": Bar("matrices of rows x clusters that are written out on a GPU", 0, "", most=True, needs=GPU),
+}
 
 
 @dataclass(frozen=True)
@@ -140,22 +147,44 @@ def measure(options: Options) -> dict[str, dict]:
     return found
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    options, found = result["options"], result["systems"]
+    rows = [
+        (name, duration(one["median_seconds"]), times(one["seconds_over_ours"]), duration(one["median_cpu_seconds"]),
+         times(one["cpu_seconds_over_ours"]), f"{one['inertia_over_ours']:.4f}")
+        for name, one in found.items()
+    ]  # fmt: skip
+    on_cpu = options["device"] == "cpu"
+    judged = [
+        BARS[name].judge(found[name]["seconds_over_ours"], f"CPU time {times(found[name]['cpu_seconds_over_ours'])}")
+        for name in ("published", "faiss.Kmeans")
+        if name in found and (on_cpu or name == "published")
+    ]
+    data = "rows around 2000 centres" if options["data"] == "groups" else "rows without any clusters"
+    where = count(options["threads"], "thread") if on_cpu else "GPU"
+    return Summary(
+        "How long does an iteration of spherical k-means take, and how good are the clusters?",
+        f"ours; published loop, faiss; {options['rows']:,} rows, K = {options['clusters']:,}",
+        f"{options['rows']:,} x {options['dim']}, {data}, K = {options['clusters']:,}, {options['iterations']} "
+        f"iterations, {where}; medians of {options['repeats']}.",
+        [Table(("", "an iteration", "over ours", "CPU time", "over ours", "inertia over ours"), rows)],
+        judged,
+    )
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
     found = measure(options)
-    where = "GPU" if options.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"\n{options.rows} x {options.dim}, K = {options.clusters}, {where}, {options.data}")
-    for name, one in found.items():
+    for one in found.values():
         for kind in ("seconds", "cpu_seconds"):
             one[f"median_{kind}"] = median(one[kind])
             one[f"{kind}_over_ours"] = one[f"median_{kind}"] / found["ours"][f"median_{kind}"]
         one["inertia_over_ours"] = one["inertia"] / found["ours"]["inertia"]
-        print(f"{name:34} {one['median_seconds']:.3f} s = {one['seconds_over_ours']:.2f} x ours, CPU time "
-              f"{one['cpu_seconds_over_ours']:.2f} x ours, inertia {one['inertia_over_ours']:.6f} x ours")  # fmt: skip
     about = {**cfg.plain(options), "threads": torch.get_num_threads()}
-    write_result(Path(options.out), {"options": about, "systems": found})
+    write_result(Path(options.out), {"options": about, "systems": found}, summary)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 import torch
 from record import options_of, write_result
+from summary import Bar, Line, Summary, Table, count, duration, quantity, times
 from torch import Tensor
 
 from clusterssl import config as cfg
@@ -37,6 +38,11 @@ from clusterssl.evals.knn import knn_accuracy
 from clusterssl.evals.search import CHUNK, memory_mib, nearest
 
 IMAGENET = {"num_train": 1_281_167, "num_queries": 50_000, "feature_dim": 2048, "largest_k": 200}
+BARS = {
+    "faiss": Bar("faiss's CPU time from features over ours, least of all sizes", 1),
+    "memory": Bar("memory beside the features, 1.28 M x 2048 against 50,000 queries", 4000, "MB", most=True),
+}
+"""the memory by the formula that the measured peak must not exceed"""
 
 
 @dataclass(frozen=True)
@@ -172,29 +178,56 @@ def memory(options: Options, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    names = {"without_faiss": "ours without faiss", "faiss": "faiss from features", "index_ready": "faiss, index ready"}
+    rows = [
+        (one["dim"], one["k"], duration(one["cpu_s"]["ours"]),
+         *(f"{duration(one['cpu_s'][name])}, {times(one['cpu_s'][name] / one['cpu_s']['ours'])}" for name in names),
+         f"{100 * one['same_neighbours']:.2f} %")
+        for one in result["search"]
+    ]  # fmt: skip
+    least = min(result["search"], key=lambda one: one["cpu_s"]["faiss"] / one["cpu_s"]["ours"])
+    ratio = least["cpu_s"]["faiss"] / least["cpu_s"]["ours"]
+    lines = [BARS["faiss"].judge(ratio, f"{least['dim']} features, k = {least['k']}")]
+    notes = ""
+    if memory := result.get("memory"):
+        lines += _memory_lines(memory)
+        notes = (f"Memory of {memory['rows']:,} x {memory['dim']} features, k = {memory['k']}, beside the features: "
+                 f"{quantity(memory['peak_mib'], 'MiB')} at its peak, {quantity(memory['formula_mib'], 'MiB')} by the "
+                 "formula that eval_knn.py shows.")  # fmt: skip
+    return Summary(
+        "How long does the exact search for neighbours take, and what memory beside the features?",
+        "ours, with faiss and without; faiss",
+        f"{result['rows']:,} rows, {result['queries']:,} queries, {count(result['threads'], 'thread')}; medians of CPU "
+        "time, behind the others' how many times ours it is.",
+        [Table(("features", "k", "ours", *names.values(), "same neighbours"), rows)],
+        lines,
+        notes,
+    )
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[Line]:
+    fits = memory["peak_mib"] <= memory["formula_mib"]
+    told = f"by the formula, which held at {memory['rows']:,}" if fits else "by the formula, which the peak exceeded"
+    line = BARS["memory"].judge(memory["imagenet_formula_mib"] * 2**20 / 1e6, told)
+    return [line if fits else replace(line, met=False)]
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    result: dict[str, Any] = {"threads": torch.get_num_threads(), "rows": options.rows, "queries": options.queries}
+    about = {**cfg.plain(options), "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {**{key: about[key] for key in ("threads", "rows", "queries")}, "options": about}
     if options.memory_rows:
         with tempfile.TemporaryDirectory() as folder:
             result["memory"] = memory(options, Path(folder))
-        print("memory: peak {peak_mib:.0f} MiB, formula {formula_mib:.0f}; ImageNet {imagenet_formula_mib:.0f}".format(
-            **result["memory"]
-        ))  # fmt: skip
     result["search"] = []
-    columns = ("ours", "without_faiss", "faiss", "index_ready")
-    print(f"CPU s {'dim':>6}{'k':>6}" + "".join(f"{name:>15}" for name in columns) + f"{'ours/faiss':>12}{'same':>9}")
     for dim in options.dims:
         for k in options.ks:
-            found = compared(options, dim, k)
-            result["search"].append(found)
-            times = "".join(f"{found['cpu_s'][name]:15.2f}" for name in columns)
-            print(
-                f"      {dim:6}{k:6}{times}{found['ours_times']['faiss']:12.2f}{found['same_neighbours']:9.4f}",
-                flush=True,
-            )
-    write_result(Path(options.out), result)
+            result["search"].append(compared(options, dim, k))
+            print(f"dim {dim}, k {k}: {result['search'][-1]['cpu_s']} CPU s", flush=True)
+    write_result(Path(options.out), result, summary)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from record import options_of, write_result
+from summary import Bar, Line, Summary, against, count, times
 from timing import in_turns
 from torch import Tensor
 
 from clusterssl import config as cfg
 from clusterssl.models.build import build_model
 from clusterssl.optim import LARS
+
+BARS = {"floor": Bar("time of an update over that of PyTorch's foreach SGD", 1.3, most=True)}
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,32 @@ def optimizers() -> dict[str, Callable[[list[Tensor]], Any]]:
     return {**found, "timm Lars": same}
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    options, found = result["options"], result["update"]
+    where = count(options["threads"], "thread") if options["device"] == "cpu" else "GPU"
+    return Summary(
+        "What does a LARS update cost beside one that does not look at norms?",
+        "ours; foreach SGD, timm's Lars",
+        f"Parameters of {options['arch']} with SwAV's heads, {where}; medians of {options['repeats']} (quartiles).",
+        [against(found, "SGD foreach", what="an update")],
+        [BARS["floor"].judge(found["ours"]["over_sgd"], f"CPU time {times(found['ours']['cpu_over_sgd'])}"),
+         Line("time of an update over that of PyTorch's SGD loop",
+              times(found["ours"]["median"] / found["SGD loop"]["median"]))],
+    )  # fmt: skip
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
     steps = {name: make(parameters(options)).step for name, make in optimizers().items()}
-    times = in_turns(steps, options.repeats, warmup=2)
-    floor, found = times["SGD foreach"], {}
-    for name, time in times.items():
+    taken = in_turns(steps, options.repeats, warmup=2)
+    floor, found = taken["SGD foreach"], {}
+    for name, time in taken.items():
         found[name] = {**time._asdict(), "over_sgd": time.median / floor.median, "cpu_over_sgd": time.cpu / floor.cpu}
-        print(f"{name:12} {1e3 * time.median:7.2f} ms ({1e3 * time.low:.2f} to {1e3 * time.high:.2f})  "
-              f"{time.median / floor.median:.2f} x SGD foreach, CPU time {time.cpu / floor.cpu:.2f} x")  # fmt: skip
     about = {**cfg.plain(options), "threads": torch.get_num_threads()}
-    write_result(Path(options.out), {"options": about, "update": found})
+    write_result(Path(options.out), {"options": about, "update": found}, summary)
 
 
 if __name__ == "__main__":

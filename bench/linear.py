@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from record import options_of, write_result
+from summary import Bar, Summary, Table, count, duration, times
 
 import eval_linear
 from clusterssl import config as cfg
@@ -32,6 +33,8 @@ from clusterssl.evals.cache import CacheOptions
 from clusterssl.evals.probing import ClassifierOptions, Probing
 from clusterssl.evals.setup import Setup, open_setup
 from clusterssl.evals.training import SgdOptions
+
+BARS = {"run": Bar("a whole run through the network over one on kept features", 20)}
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,26 @@ def measure(setup: Setup, how: str, epochs: int) -> dict[str, float]:
     return {"prepare_cpu_s": found[0][0], "epoch_cpu_s": each_cpu, "epoch_clock_s": each_clock}
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    options, runs = result["options"], result["run_cpu_s"]
+    rows = [
+        (name, duration(result[key]["prepare_cpu_s"], "s"), duration(result[key]["epoch_cpu_s"]),
+         times(result[key]["epoch_cpu_s"] / result["kept"]["epoch_cpu_s"]), duration(runs[key], "s"),
+         times(runs[key] / runs["kept"]))
+        for name, key in (("on kept features", "kept"), ("through the network", "network"))
+    ]  # fmt: skip
+    whole = f"{options['epochs']} epochs"
+    return Summary(
+        "How much sooner does a linear probe end on kept features?",
+        "kept features; through the network",
+        f"{options['arch']}, {options['images']} images at {options['image_size']} px, "
+        f"{count(result['threads'], 'thread')}; CPU time.",
+        [Table(("", "preparation", "an epoch", "over kept", whole, "over kept"), rows)],
+        [BARS["run"].judge(result["run_ratio"], whole)],
+    )
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     torch.set_num_threads(options.threads or torch.get_num_threads())
@@ -91,9 +114,7 @@ def main() -> None:
         "epoch_ratio": network["epoch_cpu_s"] / kept["epoch_cpu_s"], "run_cpu_s": runs,
         "run_ratio": runs["network"] / runs["kept"],
     }  # fmt: skip
-    print(f"an epoch: {network['epoch_cpu_s']:.2f} s through the network, {kept['epoch_cpu_s']:.4f} s on kept features")
-    print(f"{result['epoch_ratio']:.0f} times faster; {options.epochs} epochs: {result['run_ratio']:.0f} times")
-    write_result(Path(options.out), result)
+    write_result(Path(options.out), result, summary)
 
 
 if __name__ == "__main__":

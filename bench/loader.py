@@ -16,15 +16,22 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from photos import folder_of_photos
 from record import options_of, write_result
+from summary import Bar, Line, Summary, Table, count, number, percent, quantity, times
 
 from clusterssl import config as cfg
 from clusterssl.data import Loader, MultiCrop, Source, open_source
+
+BARS = {
+    "scaling": Bar("images/s of a worker over those of one alone, as many workers as cores", 0.9),
+    "main": Bar("main process's share of a core", 5, "%", most=True),
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,36 @@ def _order(images: int, wanted: int):  # type: ignore[no-untyped-def]
     return torch.arange(wanted).remainder(images).numpy()
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    options, rows = result["options"], result["rows"]
+    table = [
+        (row["workers"], f"{number(row['images_per_s'])} ({_range(row['all_images_per_s'])})",
+         times(row["per_worker_over_first"]), percent(row["main_process_share"]),
+         quantity(row["main_process_ms_per_image"], "ms"))
+        for row in rows
+    ]  # fmt: skip
+    lines: list[Line] = []
+    fitting = [row for row in rows if row["workers"] <= result["cores"]]
+    if fitting:
+        largest = max(fitting, key=lambda row: row["workers"])
+        lines.append(BARS["scaling"].judge(largest["per_worker_over_first"], count(largest["workers"], "worker")))
+    busiest = max(rows, key=lambda row: row["main_process_share"])
+    lines.append(BARS["main"].judge(100 * busiest["main_process_share"], count(busiest["workers"], "worker")))
+    return Summary(
+        "Do more loader workers load as many times more, and what does the main process pay?",
+        "ours with 1, 2 ... workers",
+        f"Real photographs, batches of {options['batch_size']} x (2 x 224 + 6 x 96) crops, {result['cores']} cores; "
+        f"medians of {options['repeats']} (least to most).",
+        [Table(("workers", "images/s", "a worker over the first row's", "main process of a core", "an image"), table)],
+        lines,
+    )
+
+
+def _range(values: list[float]) -> str:
+    return f"{number(min(values))} to {number(max(values))}"
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     found: dict[int, list[tuple[float, float]]] = {workers: [] for workers in options.workers}
@@ -82,9 +119,7 @@ def main() -> None:
             "workers": workers, "images_per_s": rate, "all_images_per_s": [one[0] for one in runs],
             "per_worker_over_first": scaling, "main_process_share": share, "main_process_ms_per_image": cost,
         })  # fmt: skip
-        print(f"{workers} workers: {rate:.0f} images/s, {scaling:.2f} x the first's, main process {share:.1%} "
-              f"({cost:.3f} ms an image)")  # fmt: skip
-    write_result(Path(options.out), {"options": cfg.plain(options), "cores": os.cpu_count(), "rows": rows})
+    write_result(Path(options.out), {"options": cfg.plain(options), "cores": os.cpu_count(), "rows": rows}, summary)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from record import options_of, write_result
+from summary import Line, Summary, Table, count, duration, number, quantity
 from trained import ROOT, accuracies, better, run_with_costs, untrained
 
 from clusterssl import config as cfg
@@ -141,6 +143,30 @@ def clusters(path: Path, options: Options) -> dict[str, float]:
     return {"nmi": scores["nmi"], "ari": scores["ari"]}
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    means, seeds = result["means"], result["seeds"]
+    shown = [(key, lambda value: f"{value:.1f} %") for key in ("knn", "linear", "nmi", "ari")]
+    shown += [("crops_per_s", number), ("memory_mib", lambda value: quantity(value, "MiB")),
+              ("cpu_seconds", lambda value: duration(value, "s"))]  # fmt: skip
+    rows = [(name, *(tell(found[key]) if key in found else "" for key, tell in shown), len(seeds[name]))
+            for name, found in means.items()]  # fmt: skip
+    trained = [name for name in means if name != "Untrained"]
+    best = max(trained, key=lambda name: means[name]["linear"])
+    number_of_seeds = count(min(len(seeds[name]) for name in trained), "seed")
+    data = "digits" if "--data_path" not in next(iter(result["commands"].values())) else "CIFAR-10"
+    gains = [means[name]["linear"] - means["Untrained"]["linear"] for name in trained]
+    return Summary(
+        f"What do the methods learn on {data} from the same number of crops, and what does each cost?",
+        f"{len(trained)} methods, untrained network; {data}",
+        f"Accuracies, NMI and ARI on test images, means over the seeds; crops/s of one core. First seed's command of "
+        f"{best}: `{result['commands'][best]}`",
+        [Table(("method", "k-NN", "linear", "NMI", "ARI", "crops/s", "memory", "CPU time", "seeds"), rows)],
+        [Line("linear accuracy above the untrained network's",
+              f"{min(gains):+.1f} to {max(gains):+.1f} points ({number_of_seeds})")],
+    )  # fmt: skip
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     unknown = set(options.methods) - set(METHODS)
@@ -157,13 +183,8 @@ def main() -> None:
 
 
 def report(options: Options, rows: dict[str, list[dict[str, float]]]) -> None:
-    """Print the table of means as Markdown and write it down with the single seeds."""
-    columns = ("knn", "linear", "nmi", "ari", "crops_per_s", "memory_mib", "cpu_seconds")
+    """Write the means down with the single seeds, and print them."""
     means = {name: {key: mean(one[key] for one in found) for key in found[0]} for name, found in rows.items() if found}
-    print("\n| method | k-NN | linear | NMI | ARI | crops/s | peak MiB | CPU s |\n|---|---|---|---|---|---|---|---|")
-    for name, found in means.items():
-        shown = [f"{found[key]:.{0 if key in columns[4:] else 1}f}" if key in found else "" for key in columns]
-        print(f"| {name} | {' | '.join(shown)} |")
     commands = {name: shlex.join(["python", *words_of(name, options.seeds[0], options)]) for name in options.methods}
     runs = {
         f"{name}-{seed}": Path(options.folder) / f"{name}-{seed}" / "run.json"
@@ -172,7 +193,7 @@ def report(options: Options, rows: dict[str, list[dict[str, float]]]) -> None:
     }
     commits = {name: json.loads(path.read_text())["git"]["sha"] for name, path in runs.items() if path.exists()}
     about = {"commands": commands, "commits_of_runs": commits}
-    write_result(Path(options.out), {**about, "means": means, "seeds": rows})
+    write_result(Path(options.out), {**about, "means": means, "seeds": rows}, summary)
 
 
 if __name__ == "__main__":

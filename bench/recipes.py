@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from record import options_of, write_result
+from summary import Line, Summary, Table, count, duration, quantity
 from trained import ROOT, accuracies, better, run_with_costs, untrained
 
 from clusterssl import config as cfg
@@ -170,14 +171,11 @@ def measure(seed: int, options: Options) -> dict[str, dict[str, Any]]:
 
 
 def report(options: Options, seeds: dict[int, dict[str, dict[str, Any]]]) -> None:
-    """Print the table of means as Markdown and write it down with the single seeds."""
+    """Write the means down with the single seeds, and print them."""
     means: dict[str, dict[str, float]] = {}
     for name in options.networks:
         rows = [found[name] for found in seeds.values()]
         means[name] = {key: mean(row[key] for row in rows) for key in rows[0] if key != "commit"}
-    print("\n| network | k-NN | linear | CPU s |\n|---|---|---|---|")
-    for name, row in means.items():
-        print(f"| {name} | {row['knn']:.1f} | {row['linear']:.1f} | {row.get('cpu_seconds', 0):.0f} |")
     preset = PRESETS[options.preset]
     source = [len(open_source(options.data_path, split=split)) for split in ("train", preset.split)]
     about = {
@@ -186,7 +184,32 @@ def report(options: Options, seeds: dict[int, dict[str, dict[str, Any]]]) -> Non
         "images": dict(zip(("train", "held_back"), source, strict=True)),
         "linear_epochs": preset.linear_epochs,
     }
-    write_result(Path(options.out), {**about, "means": means, "seeds": seeds})
+    write_result(Path(options.out), {**about, "means": means, "seeds": seeds}, summary)
+
+
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    means, seeds = result["means"], list(result["seeds"].values())
+    rows = []
+    for name, row in means.items():
+        single = [found[name] for found in seeds]
+        cells = [f"{row[key]:.1f} % ({min(x[key] for x in single):.1f} to {max(x[key] for x in single):.1f})"
+                 for key in ("knn", "linear")]  # fmt: skip
+        trained = "cpu_seconds" in row
+        costs = (duration(row["cpu_seconds"], "s"), quantity(row["memory_mib"], "MiB")) if trained else ("", "")
+        rows.append((name, *cells, *costs, len(single)))
+    images, told = result["images"], count(len(seeds), "seed")
+    others = [name for name in ("untrained", "supervised") if name in means and "ours" in means]
+    return Summary(
+        f"What does the recipe {result['preset']} learn, beside the same network untrained and trained on labels?",
+        f"{', '.join(means)}; recipe {result['preset']}",
+        f"{images['train']:,} training images, {images['held_back']:,} held back; k-NN (k = 20) and a linear probe, "
+        f"mean of {told} (least to most).",
+        [Table(("network", "k-NN", "linear", "CPU time", "memory", "seeds"), rows)],
+        [Line(f"ours above {name}, linear", f"{means['ours']['linear'] - means[name]['linear']:+.1f} points ({told})")
+         for name in others]
+        or [Line("supervised network, linear", f"{means['supervised']['linear']:.1f} % ({told})")],
+    )  # fmt: skip
 
 
 def main() -> None:

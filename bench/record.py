@@ -9,11 +9,13 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from summary import Summary
 
 from clusterssl import config as cfg
 
@@ -40,8 +42,8 @@ def options_of(cls: type[C], description: str | None) -> C:
     return options
 
 
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write `result` beside hardware, versions, commit and command."""
+def write_result(path: Path, result: dict[str, Any], summary: Callable[[dict[str, Any]], Summary]) -> None:
+    """Write `result` beside hardware, versions, commit and command, and print what `summary` makes of it."""
     root = Path(__file__).resolve().parent.parent
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -62,8 +64,9 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
         "versions": versions,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "result": result}, indent=1) + "\n")
-    print(f"\nwritten to {path}")
+    text = json.dumps({**about, "result": result}, indent=1)
+    path.write_text(text + "\n")
+    print(f"\n{summary(json.loads(text)['result'])}\n\nwritten to {path}", flush=True)
 
 
 def hardware() -> dict[str, Any]:

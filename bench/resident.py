@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from record import options_of, write_result
+from summary import Line, Summary, Table, count, number, quantity, times
 
 from clusterssl import config as cfg
 from clusterssl.data import Loader, MultiCrop, Source, open_source, reside
@@ -107,6 +108,30 @@ def _processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    options, found = result["options"], result["systems"]
+    first = found["--cache device"]
+    rows = []
+    for name, one in found.items():
+        low, high = (number(pick(one["all_images_per_s"])) for pick in (min, max))
+        rows.append((name, f"{number(one['images_per_s'])} ({low} to {high})",
+                     times(one["images_per_s"] / first["images_per_s"]),
+                     quantity(one["processor_ms_per_image"], "ms")))  # fmt: skip
+    best = max((name for name in found if "worker" in name or "process" in name),
+               key=lambda name: found[name]["images_per_s"])  # fmt: skip
+    data = {"": "CIFAR-10", "digits": "digits"}.get(options["data_path"], "a folder of images")
+    return Summary(
+        "Does it pay to keep small images on the training device and cut the crops there?",
+        f"--cache device; loader workers, the training process; {data}, {options['device']}",
+        f"{data}, 2 crops of {options['side']} px, batches of {options['batch_size']}, {options['device']}, "
+        f"{count(options['threads'], 'thread')}; medians of {options['repeats']} (least to most).",
+        [Table(("", "images/s", "over --cache device", "processor time an image"), rows)],
+        [Line(f"images/s of --cache device over the best loader's ({best})",
+              times(first["images_per_s"] / found[best]["images_per_s"]))],
+    )  # fmt: skip
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     torch.set_num_threads(options.threads)
@@ -118,14 +143,12 @@ def main() -> None:
         for turn in range(options.repeats):
             for name in found if turn % 2 else reversed(found):
                 runs[name].append(measure(found[name], options.device))
-    print(f"{len(source)} images of {folder}, 2 x {options.side}, {options.device}\n")
     table = {}
     for name, all_of_it in runs.items():
         rate, cost = median(one[0] for one in all_of_it), median(one[1] for one in all_of_it)
         rates = [one[0] for one in all_of_it]
         table[name] = {"images_per_s": rate, "all_images_per_s": rates, "processor_ms_per_image": cost}
-        print(f"{name:16} {rate:8.0f} images/s, {cost:.4f} ms of processor time an image")
-    write_result(Path(options.out), {"options": cfg.plain(options), "systems": table})
+    write_result(Path(options.out), {"options": cfg.plain(options), "systems": table}, summary)
 
 
 if __name__ == "__main__":

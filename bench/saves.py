@@ -18,12 +18,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from record import options_of, write_result
+from summary import Bar, Summary, Table, duration, percent, quantity, times
 
 from clusterssl import checkpoint
 from clusterssl import config as cfg
@@ -36,6 +37,7 @@ from clusterssl.run import Run
 EPOCH_S = 220.0
 """of the published 800 epochs on 64 GPUs, each of which ends with a checkpoint"""
 MODES = ("no save", "waited for", "in the background")
+BARS = {"epoch": Bar("share of an epoch of 220 s that a save in the background takes", 2, "%", most=True)}
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,28 @@ def measure(training: Training, options: Options) -> dict[str, list[dict[str, fl
     return found
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    options, modes = result["options"], result["modes"]
+    ours = modes["in the background"]
+    rows = [
+        (mode, duration(one["stall_s"]), times(one["stall_s"] / ours["stall_s"]), duration(one["call_s"]),
+         duration(one["save_s"]), percent(one["share_of_checkpoint_minutes"]), percent(one["share_of_epoch"]))
+        for mode, one in modes.items()
+    ]  # fmt: skip
+    head = ("", "training loses", "over the background's", "of that the call", "the save takes",
+            f"share of {options['checkpoint_minutes']:g} min", f"share of {EPOCH_S:.0f} s")  # fmt: skip
+    return Summary(
+        "How long does a checkpoint hold up training?",
+        "saves in the background; saves that are waited for",
+        f"ResNet-50 with its momenta and a memory bank of {options['rows']:,} images: "
+        f"{quantity(options['megabytes'], 'MB')}; steps of {duration(options['step_s'])}, {options['device']}; medians "
+        f"of {options['repeats']} windows of {options['steps']} steps, less those without a save.",
+        [Table(head, rows)],
+        [BARS["epoch"].judge(100 * ours["share_of_epoch"])],
+    )
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     if options.threads:
@@ -127,18 +151,13 @@ def main() -> None:
             "save_s": median(one["save"] for one in found[mode]),
             "share_of_checkpoint_minutes": stall / (60 * options.checkpoint_minutes), "share_of_epoch": stall / EPOCH_S,
         }  # fmt: skip
-        row = table[mode]
-        print(f"{mode:18} holds up training by {stall:.2f} s (call {row['call_s']:.3f} s, save {row['save_s']:.2f} s): "
-              f"{row['share_of_checkpoint_minutes']:.3%} of {options.checkpoint_minutes:g} minutes, "
-              f"{row['share_of_epoch']:.2%} of an epoch of {EPOCH_S:.0f} s")  # fmt: skip
-    print(f"a checkpoint has {megabytes:.0f} MB, a step takes {base / options.steps:.3f} s")
     about = {
         **cfg.plain(options),
         "threads": torch.get_num_threads(),
         "megabytes": megabytes,
         "step_s": base / options.steps,
     }
-    write_result(Path(options.out), {"options": about, "modes": table, "windows": found})
+    write_result(Path(options.out), {"options": about, "modes": table, "windows": found}, summary)
 
 
 if __name__ == "__main__":

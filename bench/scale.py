@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from ranks import on_ranks
 from record import options_of, write_result
+from summary import Bar, Line, Summary, Table, duration, number, percent, quantity, times
 from torch.utils.flop_counter import FlopCounterMode
 
 from clusterssl import config as cfg
@@ -62,6 +63,7 @@ SMALL = [
     *("--data_path", "synthetic:1024:36x36", "--nmb_crops", "2", "--size_crops", "32", "--arch", "conv4"),
     *("--nmb_prototypes", "300", "--workers", "0", "--log_freq", "4", "--device", "cpu", "--epochs", "2"),
 ]
+BARS = {"own": Bar("the method's own messages at 64 GPUs, most of all methods", 2, "% of the step", most=True)}
 
 
 @dataclass(frozen=True)
@@ -164,33 +166,63 @@ def w5_memory(batches: Sequence[int]) -> list[dict[str, Any]]:
     return found
 
 
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Ranks measured here, shares of the modelled step, and memory of the w5 network."""
+    found = []
+    if "measured" in result:
+        rows = [(ranks, f"{number(one['median_images_per_s'])} ({number(min(one['images_per_s']))} to "
+                 f"{number(max(one['images_per_s']))})", times(one["over_first"]))
+                for ranks, one in result["measured"].items()]  # fmt: skip
+        found.append(Table(("ranks", "images/s of all", "over the first"), rows, "Measured, gloo on shared cores:"))
+    model = result["model"]
+    gpus = [row["gpus"] for row in next(iter(model.values()))]
+    rows = []
+    for name, steps in model.items():
+        cells = [duration(row["own_ms"] / 1e3) + (f", {percent(row['own_share'])}" if row["own_share"] else "")
+                 for row in steps]  # fmt: skip
+        step = steps[0]["step_ms"]
+        rows.append((name, duration(step / 1e3) if step else "unknown", *cells))
+    title = "Computed: own messages of a step, and their share of it:"
+    found.append(Table(("method", "step alone", *(f"{n} GPUs" for n in gpus)), rows, title))
+    keys = ("parameters", "gradients", "optimiser")
+    rows = [(row["batch_size"], quantity(row["peak_gb"], "GB"), quantity(sum(row[key] for key in keys), "GB"))
+            for row in result["w5"]]  # fmt: skip
+    title = "Counted: RN50w5, 2 x 224 + 4 x 96 px, bf16, on one of 64 GPUs, without CUDA's context and fragmentation:"
+    return [*found, Table(("images of a rank", "peak memory", "weights, gradients, momentum"), rows, title)]
+
+
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    options = result["options"]
+    shares = {name: row["own_share"] for name, rows in result["model"].items()
+              for row in rows if row["gpus"] == 64 and row["own_share"] is not None}  # fmt: skip
+    lines: list[Line] = []
+    if shares:
+        worst = max(shares, key=lambda name: shares[name])
+        source = result["model"][worst][0]["step_from"]
+        lines.append(BARS["own"].judge(100 * shares[worst], f"{worst}; computed, time of the step {source}"))
+    return Summary(
+        "What do the methods add to the messages of data-parallel training, and how do ranks scale here?",
+        "each method's own messages on 8 to 4096 GPUs, by a model",
+        f"Model: {options['bandwidth_gbps']:g} Gb/s and {options['latency_us']:g} us between nodes of "
+        f"{options['gpus_of_a_node']} GPUs, {options['local_latency_us']:g} us within, nothing overlapped. Bytes and "
+        "calls are counted in code; no GPU was used.",
+        tables(result),
+        lines,
+    )
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     result: dict[str, Any] = {"options": cfg.plain(options)}
     if options.measure:
         result["measured"] = measured(options)
-        for ranks, one in result["measured"].items():
-            print(f"{ranks:>5} ranks  {one['median_images_per_s']:8.0f} images/s  {one['over_first']:.2f} x the first")
-    latency = f"{options.latency_us:g} us between nodes, {options.local_latency_us:g} us within"
-    print(f"\nmodel: {options.bandwidth_gbps:g} Gb/s a node, {latency}, nothing overlapped")
     result["model"] = {}
     for name in METHODS:
         messages, flops = counted(name)
         result["model"][name] = [modelled(options, name, messages, flops, gpus) for gpus in options.gpus]
-    for name, rows in result["model"].items():
-        for row in rows:
-            share = (
-                "unknown" if row["own_share"] is None else f"{100 * row['own_share']:.2f} % of {row['step_ms']:.0f} ms"
-            )
-            print(f"{name:16} {row['gpus']:5} GPUs  own {row['own_ms']:6.2f} ms, beside the step "
-                  f"{row['own_beside_ms']:4.2f}, all {row['all_ms']:8.2f} ms  "
-                  f"share of the step: {share} ({row['step_from']})")  # fmt: skip
     result["w5"] = w5_memory(options.w5_batches)
-    print("\nw5, 2 x 224 + 4 x 96, bf16, on one of 64 GPUs; without CUDA's context, workspaces and fragmentation")
-    for row in result["w5"]:
-        weights = row["parameters"] + row["gradients"] + row["optimiser"]
-        print(f"{row['batch_size']:4} images  {row['peak_gb']:6.1f} GB, weights, gradients, momentum {weights:.1f} GB")
-    write_result(Path(options.out), result)
+    write_result(Path(options.out), result, summary)
 
 
 if __name__ == "__main__":

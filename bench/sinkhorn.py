@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from ranks import on_ranks
 from record import options_of, write_result
+from summary import GPU, Bar, Line, Summary, Table, count, duration, spread, times
 from timing import in_turns
 from torch import Tensor
 
@@ -36,6 +37,11 @@ from clusterssl.cluster.sinkhorn import sinkhorn
 from clusterssl.pretrain import keep_freed_memory
 
 System = Callable[[Tensor, float, int], Tensor]
+BARS = {
+    "every": Bar("published form's time over ours, least of all sizes", 2.2),
+    "small": Bar("published form's time over ours, least up to B = 2048", 3.5),
+    "floor": Bar("time on a GPU over that of reading the scores 2 x iterations + 2 times", 1.5, most=True, needs=GPU),
+}
 
 
 @dataclass(frozen=True)
@@ -131,26 +137,47 @@ def _run(system: Callable[[Tensor, float, int], Any], options: Options, scores_A
     return system(scores_ABK, options.epsilon, options.iterations)
 
 
-def show(measured: dict[str, Any]) -> str:
-    """One line of the table."""
-    seconds, base = measured["seconds"], measured["seconds"]["published"]["median"]
-    cells = (f"{name} {1e3 * one['median']:.2f} ({base / one['median']:.2f} x)" for name, one in seconds.items())
-    return f"{measured['ranks']} rank(s), B {measured['batch']:5}: " + ", ".join(cells)
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    options, rows = result["options"], result["rows"]
+    peers = [name for name in rows[0]["seconds"] if name != "ours"]
+    table = []
+    for row in rows:
+        found, ours = row["seconds"], row["seconds"]["ours"]
+        cells = [f"{duration(found[name]['median'])}, {times(found[name]['median'] / ours['median'])}"
+                 if name in found else "" for name in peers]  # fmt: skip
+        table.append((row["ranks"], row["batch"], spread(ours), *cells))
+    lines: list[Line] = []
+    for key, most in (("every", max(row["batch"] for row in rows)), ("small", 2048)):
+        of_size = [row for row in rows if row["batch"] <= most]
+        if of_size and options["device"] == "cpu":
+            least = min(of_size, key=lambda row: row["published_over_ours"])
+            place = f"{count(least['ranks'], 'rank')}, B = {least['batch']}"
+            lines.append(BARS[key].judge(least["published_over_ours"], place))
+    return Summary(
+        "How long does SwAV's assignment of a batch take, and how much longer does it take others?",
+        "ours; published formula, log domain, lightly",
+        f"{options['crops']} crops of B images, K = {options['prototypes']}, {options['iterations']} iterations, "
+        f"{options['device']}; one rank has {count(options['threads'], 'thread')}, several have one each. Medians of "
+        f"{options['repeats']} (quartiles); behind the others' time how many times ours it is.",
+        [Table(("ranks", "B", "ours", *peers), table)],
+        lines,
+        '"ours" takes the memory of the scores, as training does; "ours, kept" leaves them.',
+    )
 
 
 def main() -> None:
     options = options_of(Options, __doc__)
     keep_freed_memory()
     rows: list[dict[str, Any]] = []
-    print(f"{options.crops} crops, K = {options.prototypes}; milliseconds (speed over the published form's)\n")
     for world_size in options.ranks:
         for batch in options.batches:
             found = on_ranks(measure, world_size, options, batch)
             slowest = max(found, key=lambda one: one["ours"]["median"])
             ratio = slowest["published"]["median"] / slowest["ours"]["median"]
             rows.append({"ranks": world_size, "batch": batch, "seconds": slowest, "published_over_ours": ratio})
-            print(show(rows[-1]), flush=True)
-    write_result(Path(options.out), {"options": cfg.plain(options), "rows": rows})
+            print(f"{world_size} rank(s), B {batch}: published {ratio:.2f} x ours", flush=True)
+    write_result(Path(options.out), {"options": cfg.plain(options), "rows": rows}, summary)
 
 
 if __name__ == "__main__":

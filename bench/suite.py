@@ -1,8 +1,10 @@
 """What needs no GPU, each bench with so many repeats that all of them take less than ten minutes on two cores.
 
-    python bench/suite.py                          # writes results/NAME-here.json, then README.md
-    python bench/suite.py --hardware mine --only sinkhorn kmeans
+    python bench/suite.py                          # writes runs/bench/NAME.json and runs/bench/README.md
+    python bench/suite.py --only sinkhorn kmeans
+    python bench/suite.py --folder bench/results --hardware mine    # results to be committed, with bench/README.md
 
+At the end stand the figures with their bars, and what became slower than the committed results of the same hardware.
 Benches of photographs are left out, with a line, where neither --data_path nor CLUSTERSSL_DATA says where some are.
 """
 
@@ -13,9 +15,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+import compare
+import readme
+from figures import read
 from photos import folder_of_photos
 from record import options_of
 
@@ -45,8 +51,10 @@ PHOTOGRAPHS = ("data_path", "augment", "loader")
 class Options:
     """Suite."""
 
-    hardware: str = "here"
-    """name of this machine in the names of the results"""
+    folder: str = "runs/bench"
+    """where the results and their page go, from the root of the repository"""
+    hardware: str = ""
+    """name of this machine in the names of the results, NAME-HARDWARE.json; "": NAME.json"""
     only: tuple[str, ...] = ()
     """some benches; all by default"""
     data_path: str = ""
@@ -57,9 +65,14 @@ class Options:
         cfg.require(not unknown, f"--only {' '.join(sorted(unknown))}: unknown; there are {', '.join(BENCHES)}")
 
 
+def result_of(name: str, options: Options) -> Path:
+    """File of a result."""
+    return ROOT / options.folder / (f"{name}-{options.hardware}.json" if options.hardware else f"{name}.json")
+
+
 def run(name: str, options: Options) -> bool:
     """One bench; whether it ended well."""
-    words = [f"bench/{name}.py", *BENCHES[name].split(), "--out", f"bench/results/{name}-{options.hardware}.json"]
+    words = [f"bench/{name}.py", *BENCHES[name].split(), "--out", str(result_of(name, options))]
     words += ["--data_path", options.data_path] if name in PHOTOGRAPHS and options.data_path else []
     print(f"\n=== python {' '.join(words)}\n", flush=True)
     began = time.monotonic()
@@ -69,6 +82,18 @@ def run(name: str, options: Options) -> bool:
         flush=True,
     )
     return code == 0
+
+
+def report(done: list[str], options: Options, committed: dict[str, dict[str, Any]]) -> None:
+    """Write the page; print the figures of the benches done, and what changed since the committed results."""
+    results = {path.stem: read(path) for path in (result_of(name, options) for name in done)}
+    page = readme.write(ROOT / options.folder)
+    print(f"\n{readme.overview(results, done, linked=False)}\n")
+    for name, new in zip(done, results.values(), strict=True):
+        for stem, old in committed.items():
+            if stem.partition("-")[0] == name and old["hardware"] == new["hardware"]:
+                print(*compare.report(f"{name} since {stem}.json", old, new, compare.Options())[0], sep="\n")
+    print(f"\nthe page is {page}")
 
 
 def main() -> None:
@@ -81,9 +106,11 @@ def main() -> None:
         print(f"left out: {', '.join(name for name in names if name in PHOTOGRAPHS)}: {error}")
         names = [name for name in names if name not in PHOTOGRAPHS]
     began = time.monotonic()
+    committed = readme.all_of(readme.COMMITTED)
     failed = [name for name in names if not run(name, options)]
-    subprocess.run([sys.executable, "bench/readme.py"], cwd=ROOT, check=True)
-    print(f"{len(names)} benches in {time.monotonic() - began:.0f} s; the page is bench/README.md")
+    print(f"\n{len(names)} benches in {time.monotonic() - began:.0f} s")
+    if done := [name for name in names if name not in failed]:
+        report(done, options, committed)
     if failed:
         raise UserError(f"no result of {', '.join(failed)}: the reason stands above")
 

@@ -26,6 +26,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from record import options_of, write_result
+from summary import GPU, Bar, Line, Summary, Table, duration, number
 from trained import ROOT, K, top1, unpacked
 
 from clusterssl import config as cfg
@@ -34,6 +35,7 @@ SMALL = (
     "--arch conv4w8 --hidden_mlp 64 --feat_dim 32 --nmb_prototypes 30 --warmup_epochs 0 --batch_size 256 --epochs 2 "
     "--workers 0"
 )
+BARS = {"linear": Bar("linear accuracy within 15 minutes on one GPU, CIFAR-10, ResNet-18", 90, "%", needs=GPU)}
 PUBLISHED = "89.17 % linear (online), ResNet-18, 1000 epochs: SwAV in solo-learn's README, time not stated"
 
 
@@ -108,6 +110,24 @@ def curve(run: Path, pieces: list[dict[str, Any]], data: str, options: Options) 
     return [found[epoch] for epoch in sorted(found)]
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    options = result["options"]
+    told = "the schedule ended" if result["schedule_ended"] else "stopped before the schedule's end"
+    rows = [(point["epoch"], duration(60 * point["minutes"], "min"), f"{point['knn']:.2f} %")
+            for point in result["curve"]]  # fmt: skip
+    demanded = not options["small"] and result["flags"].get("arch") == "resnet18" and options["minutes"] <= 15
+    end = f"{told} after {result['minutes']:.2f} min, {number(result['images_per_s'])} images/s"
+    line = BARS["linear"].judge(result["linear"], end)
+    return Summary(
+        "How long does it take to reach an accuracy on CIFAR-10?",
+        "ours by the clock; published figure",
+        f"{options['recipe']}, {result['flags'].get('arch')}, k-NN with k = {result['k']}. Published: {PUBLISHED}",
+        [Table(("epoch", "training so far", "k-NN"), rows)],
+        [line if demanded else Line("linear accuracy", line.figure)],
+    )
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     folder = Path(options.folder)
@@ -130,12 +150,9 @@ def main() -> None:
     linear = top1("eval_linear", whole, data, "--device", options.device, "--epochs", str(options.linear_epochs))
     speeds = [record["images_per_s"] for record in lines(run / "metrics.jsonl") if "images_per_s" in record]
     record = json.loads((run / "run.json").read_text())
-    told = "the schedule ended" if ended else "stopped before the schedule's end"
-    print(f"\n{told} after {spent:.2f} min, {median(speeds):.0f} images/s: linear {linear:.2f} %")
-    print(f"published: {PUBLISHED}")
     result = {"options": cfg.plain(options), "flags": record["config"], "curve": points, "linear": linear,
               "minutes": spent, "images_per_s": median(speeds), "schedule_ended": ended, "k": K}  # fmt: skip
-    write_result(Path(options.out), result)
+    write_result(Path(options.out), result, summary)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from record import options_of, write_result
 from sinkhorn import published
+from summary import GPU, Bar, Line, Summary, Table, count, quantity, spread, times
 from timing import in_turns
 from torch import Tensor, nn
 
@@ -42,6 +43,12 @@ from main_swav import Config, SwAV
 TEMPERATURE, EPSILON, ITERATIONS = 0.1, 0.05, 3
 LOW, HIGH = {2: (0.14, 0.05), 1: (0.14,)}, {2: (1.0, 0.14), 1: (1.0,)}
 System = Callable[[], Any]
+BARS = {
+    "bare": Bar("share of the bare step's images/s on a GPU", 85, "%", needs=GPU),
+    "eager": Bar("plain eager step's time over ours on a GPU", 1.25, needs=GPU),
+    "waits": Bar("waits for the GPU between log points", 0, "", most=True, needs=GPU),
+    "augmentation": Bar("augmentation's share of a GPU's step, 2 x 224 + 6 x 96 px", 6, "%", most=True, needs=GPU),
+}
 
 
 @dataclass(frozen=True)
@@ -212,6 +219,42 @@ def systems(step: Step, batch: Batch, options: Options) -> dict[str, System]:
     return found
 
 
+def judged(result: dict[str, Any]) -> list[Line]:
+    """The figures that count."""
+    found = result["steps"]
+    ours, bare, eager = (found[name]["median"] for name in ("ours", "bare", "eager"))
+    if result["options"]["device"] == "cpu":
+        return [Line("bare step's time over ours", times(bare / ours)),
+                Line("plain eager step's time over ours", times(eager / ours))]  # fmt: skip
+    lines = [BARS["bare"].judge(100 * bare / ours), BARS["eager"].judge(eager / ours)]
+    if "never_waits" in result:
+        lines.append(BARS["waits"].judge(0 if result["never_waits"] else 1))
+    if result["options"]["size_crops"] == [224, 96]:
+        lines.append(BARS["augmentation"].judge(100 * found["augmentation alone"]["median"] / ours))
+    return lines
+
+
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    options, found = result["options"], result["steps"]
+    rows = [
+        (name, spread(one), times(one["median"] / found["ours"]["median"]), quantity(one["images_per_s"], ""),
+         *([f"{result['gib'][name]:.2f} GiB"] if "gib" in result else []))
+        for name, one in found.items()
+    ]  # fmt: skip
+    crops = " + ".join(f"{n} x {side}" for n, side in zip(options["nmb_crops"], options["size_crops"], strict=True))
+    threads = count(options["threads"], "thread") if options["threads"] else "all cores"
+    return Summary(
+        "How much of what the hardware allows does a training step reach, and how long do others' steps take?",
+        f"ours; bare network, plain eager step, lightly; {options['arch']}, {crops} px",
+        f"{options['arch']}, {crops} px, {options['batch_size']} images, "
+        f"{threads if options['device'] == 'cpu' else 'GPU'}; medians of {options['repeats']} (quartiles).",
+        [Table(("", "a step", "over ours", "images/s", *(["memory"] if "gib" in result else [])), rows)],
+        judged(result),
+        '"bare" is forward and backward pass without loss, optimiser or augmentation.',
+    )
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     if options.threads:
@@ -227,15 +270,11 @@ def main() -> None:
             about = {"gib": memory(calls), "never_waits": never_waits(calls["ours"])}
         step.parts.run.close()
     rows = {}
-    shape = f"{options.nmb_crops} x {options.size_crops} px"
-    print(f"{options.arch}, {shape}, {options.batch_size} images, {options.device}\n")
     for name, one in found.items():
         speed = options.batch_size / one.median
         share = found["bare"].median / one.median
         rows[name] = {**one._asdict(), "images_per_s": speed, "bare_over_this": share}
-        memory_told = f", {about['gib'][name]:.2f} GiB" if about else ""
-        print(f"{name:20} {1e3 * one.median:9.1f} ms, {speed:8.1f} images/s, {share:6.2f} x bare{memory_told}")
-    write_result(Path(options.out), {"options": cfg.plain(options), "steps": rows, **about})
+    write_result(Path(options.out), {"options": cfg.plain(options), "steps": rows, **about}, summary)
 
 
 if __name__ == "__main__":

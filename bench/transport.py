@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from record import options_of, write_result
+from summary import Bar, Summary, Table, count, duration, quantity, times
 from torch import Tensor
 
 from clusterssl import config as cfg
@@ -48,6 +49,12 @@ CASES = {
     "peaked, height 12": (20_000, 128, 1.0, 12.0),
 }
 """images, clusters, scale of the noise, height of the peaks"""
+BARS = {
+    "time": Bar("published rule's CPU time over ours, least of all cases", 8),
+    "labels": Bar("labels equal to those of the published rule, least of all cases", 99.9, "%"),
+    "memory": Bar("memory in all of 1.28 M images, K = 3000, 128 features", 1500, "MB", most=True),
+}
+MILLION = 1_281_167
 
 
 @dataclass(frozen=True)
@@ -154,26 +161,50 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def summary(result: dict[str, Any]) -> Summary:
+    """The result in words."""
+    rows = {f"{name}, tolerance {tol}": row for name, case in result["systems"].items() for tol, row in case.items()}
+    table = [
+        (name, duration(row["cpu_seconds"]["ours"]), duration(row["cpu_seconds"]["published"]),
+         times(row["times_faster"]), times(row["times_faster_wall"]), row["passes_ours"], row["iterations_published"],
+         f"{100 * row['equal_labels']:.3f} %")
+        for name, row in rows.items()
+    ]  # fmt: skip
+    head = ("logits", "ours", "published", "over ours", "by the clock", "our passes", "its iterations", "equal labels")
+    slowest = min(rows, key=lambda name: rows[name]["times_faster"])
+    lines = [BARS["time"].judge(rows[slowest]["times_faster"], slowest),
+             BARS["labels"].judge(100 * min(row["equal_labels"] for row in rows.values()))]  # fmt: skip
+    memory = result["memory_mb"]
+    lines += [BARS["memory"].judge(found["peak"] * 2**20 / 1e6)
+              for name, found in memory.items() if name.startswith(str(MILLION))]  # fmt: skip
+    held = [(name, *(quantity(found[key], "MiB") for key in ("with_features", "peak", "dense_float64")))
+            for name, found in memory.items()]  # fmt: skip
+    options = result["options"]
+    return Summary(
+        "How long do SeLa's balanced labels take, do they equal the published ones, and what memory do they need?",
+        "ours; published rule on a dense float64 matrix",
+        f"lambda = {options['lambda']:g}, {count(options['threads'], 'thread')}; medians of {options['repeats']}, CPU "
+        "time. The published tolerance is 0.1.",
+        [Table(head, table),
+         Table(("", "libraries and features", "peak in all", "dense float64 matrix alone"), held, "Memory:")],
+        lines,
+    )  # fmt: skip
+
+
 def main() -> None:
     options = options_of(Options, __doc__)
     if options.measure:
         return measure(*options.measure)
     if options.threads:
         torch.set_num_threads(options.threads)
-    sizes = [(100_000, 3000, 128, 2000)] + [(1_281_167, 3000, 128, 4)] * options.million
+    sizes = [(100_000, 3000, 128, 2000)] + [(MILLION, 3000, 128, 4)] * options.million
     memory = {f"{size[0]} x {size[1]}, D = {size[2]}": measured(*size) for size in sizes}
-    print(json.dumps(memory, indent=1), flush=True)
     cases = {}
     for name, case in CASES.items():
         cases[name] = compare(*case, options.repeats)
-        for tol, row in cases[name].items():
-            times = {system: round(seconds, 3) for system, seconds in row["cpu_seconds"].items()}
-            print(f"{name}, tolerance {tol}: {times} CPU s, {row['times_faster']:.1f}x", end=" ")
-            print(f"(wall-clock {row['times_faster_wall']:.1f}x),", end=" ")
-            print(f"{row['iterations_published']} iterations against {row['passes_ours']} passes,", end=" ")
-            print(f"{100 * row['equal_labels']:.3f} % equal labels", flush=True)
+        print(f"{name}: done", flush=True)
     about = {**cfg.plain(options), "threads": torch.get_num_threads(), "cases": CASES, "lambda": LAMBDA}
-    write_result(Path(options.out), {"options": about, "memory_mb": memory, "systems": cases})
+    write_result(Path(options.out), {"options": about, "memory_mb": memory, "systems": cases}, summary)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 import torch.nn.functional as F
+from gpu import kernels, products_written
 from record import options_of, write_result
 from summary import GPU, Bar, Summary, Table, count, duration, times
 from torch import Tensor
 
 from clusterssl import config as cfg
 from clusterssl.cluster.kmeans import KMeansOptions, spherical_kmeans
+from clusterssl.cluster.nearest import Target, search_torch
 
 BARS = {
     "published": Bar("published algorithm's time of an iteration over ours", 1.8),
@@ -147,6 +149,13 @@ def measure(options: Options) -> dict[str, dict]:
     return found
 
 
+def written(options: Options) -> int:
+    """Products of rows and centroids that our search writes to the memory of the GPU."""
+    x_ND = features(options)
+    target = Target(x_ND[: options.clusters].clone())
+    return products_written(kernels(lambda: list(search_torch(x_ND, target))))
+
+
 def summary(result: dict[str, Any]) -> Summary:
     """The result in words."""
     options, found = result["options"], result["systems"]
@@ -161,6 +170,8 @@ def summary(result: dict[str, Any]) -> Summary:
         for name in ("published", "faiss.Kmeans")
         if name in found and (on_cpu or name == "published")
     ]
+    if "written" in result:
+        judged.append(BARS["written"].judge(result["written"]))
     data = "rows around 2000 centres" if options["data"] == "groups" else "rows without any clusters"
     where = count(options["threads"], "thread") if on_cpu else "GPU"
     return Summary(
@@ -184,7 +195,8 @@ def main() -> None:
             one[f"{kind}_over_ours"] = one[f"median_{kind}"] / found["ours"][f"median_{kind}"]
         one["inertia_over_ours"] = one["inertia"] / found["ours"]["inertia"]
     about = {**cfg.plain(options), "threads": torch.get_num_threads()}
-    write_result(Path(options.out), {"options": about, "systems": found}, summary)
+    more = {"written": written(options)} if options.device == "cuda" else {}
+    write_result(Path(options.out), {"options": about, "systems": found, **more}, summary)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 import torch.nn.functional as F
+from gpu import bytes_per_second, kernels
 from ranks import on_ranks
 from record import options_of, write_result
 from summary import GPU, Bar, Line, Summary, Table, count, duration, spread, times
@@ -41,6 +42,7 @@ BARS = {
     "every": Bar("published form's time over ours, least of all sizes", 2.2),
     "small": Bar("published form's time over ours, least up to B = 2048", 3.5),
     "floor": Bar("time on a GPU over that of reading the scores 2 x iterations + 2 times", 1.5, most=True, needs=GPU),
+    "launches": Bar("numbers of launches on a GPU that occur over all B", 1, "", most=True, needs=GPU),
 }
 
 
@@ -133,6 +135,15 @@ def measure(options: Options, rows: int) -> dict[str, dict[str, float]]:
     return {name: one._asdict() for name, one in in_turns(calls, options.repeats, 2, given.clone).items()}
 
 
+def on_gpu(options: Options, rows: int, rate: float) -> dict[str, float]:
+    """Kernels of a call, and seconds in which the scores can be read 2 x iterations + 2 times."""
+    given = scores(rows, options)
+    names = kernels(lambda: ours(given.clone(), options.epsilon, options.iterations))
+    copies = kernels(lambda: given.clone())
+    floor = given.nbytes * (2 * options.iterations + 2) / rate
+    return {"launches": len(names) - len(copies), "floor_s": floor}
+
+
 def _run(system: Callable[[Tensor, float, int], Any], options: Options, scores_ABK: Tensor) -> Any:
     return system(scores_ABK, options.epsilon, options.iterations)
 
@@ -154,6 +165,12 @@ def summary(result: dict[str, Any]) -> Summary:
             least = min(of_size, key=lambda row: row["published_over_ours"])
             place = f"{count(least['ranks'], 'rank')}, B = {least['batch']}"
             lines.append(BARS[key].judge(least["published_over_ours"], place))
+    if "floor_s" in rows[0]:
+        worst = max(rows, key=lambda row: row["seconds"]["ours"]["median"] / row["floor_s"])
+        launched = ", ".join(sorted({str(row["launches"]) for row in rows}))
+        over = worst["seconds"]["ours"]["median"] / worst["floor_s"]
+        lines.append(BARS["floor"].judge(over, f"B = {worst['batch']}"))
+        lines.append(BARS["launches"].judge(len({row["launches"] for row in rows}), f"{launched} launches"))
     return Summary(
         "How long does SwAV's assignment of a batch take, and how much longer does it take others?",
         "ours; published formula, log domain, lightly",
@@ -170,12 +187,15 @@ def main() -> None:
     options = options_of(Options, __doc__)
     keep_freed_memory()
     rows: list[dict[str, Any]] = []
+    rate = bytes_per_second("cuda") if options.device == "cuda" else 0.0
     for world_size in options.ranks:
         for batch in options.batches:
             found = on_ranks(measure, world_size, options, batch)
             slowest = max(found, key=lambda one: one["ours"]["median"])
             ratio = slowest["published"]["median"] / slowest["ours"]["median"]
             rows.append({"ranks": world_size, "batch": batch, "seconds": slowest, "published_over_ours": ratio})
+            if rate and world_size == 1:
+                rows[-1] |= on_gpu(options, batch, rate)
             print(f"{world_size} rank(s), B {batch}: published {ratio:.2f} x ours", flush=True)
     write_result(Path(options.out), {"options": cfg.plain(options), "rows": rows}, summary)
 

@@ -2,6 +2,7 @@
 
     python bench/suite.py                          # writes runs/bench/NAME.json and runs/bench/README.md
     python bench/suite.py --only sinkhorn kmeans
+    python bench/suite.py --gpu --cifar10 cifar10.tar.gz           # what needs a GPU; again, to go on with training
     python bench/suite.py --folder bench/results --hardware mine    # results to be committed, with bench/README.md
 
 At the end stand the figures with their bars, and what became slower than the committed results of the same hardware.
@@ -45,6 +46,34 @@ BENCHES = {
     "loader": "--batches 10 --repeats 3",
 }
 PHOTOGRAPHS = ("data_path", "augment", "loader")
+LARGE = "--device cuda --arch resnet50 --size_crops 224 96 --nmb_crops 2 6 --repeats 10"
+ON_GPU = {
+    "tests": "-m pytest -q -m gpu tests",
+    "train_step": "--device cuda --batch_size 512 --repeats 20",
+    "train_step_compiled": "--device cuda --batch_size 512 --repeats 20 --compile true",
+    "train_step_cuda_graphs": "--device cuda --batch_size 512 --repeats 20 --cuda_graphs true",
+    **{f"train_step_resnet50_{n}": f"{LARGE} --batch_size {n}" for n in (64, 128, 256, 512)},
+    "train_step_resnet50_compiled": f"{LARGE} --batch_size 256 --compile true",
+    "train_step_resnet50w2": f"{LARGE} --arch resnet50w2 --batch_size 128",
+    **{
+        f"train_step_{method}": f"{LARGE} --batch_size 128 --method {method}"
+        for method in ("deepclusterv2", "sela", "deepcluster", "selfclassifier")
+    },
+    "sinkhorn": "--device cuda --ranks 1 --repeats 50",
+    "kmeans": "--device cuda --repeats 3",
+    "kmeans_1m": "--device cuda --rows 1000000 --repeats 3",
+    "augment": "--device cuda --images 256 --repeats 20",
+    "lars": "--device cuda --repeats 50",
+    "saves": "--device cuda --batch 64 --side 224 --repeats 2",
+    "resident": "--device cuda --batches 200 --repeats 3",
+    "loader": "--workers 1 2 4 8 16 --batches 30 --repeats 3",
+    "time_to_accuracy": "--piece_minutes 8",
+    "profile": "main_swav.py --data_path synthetic:4096:256x256 --arch resnet50 --batch_size 256 --epochs 2 "
+               "--compile true --profile 10 --report false --dump_path runs/profile",
+}  # fmt: skip
+"""by how much they tell: whether it runs, what a step costs, its parts, whole runs; no call takes ten minutes"""
+COMMANDS = ("tests", "profile")
+"""that leave no result"""
 
 
 @dataclass(frozen=True)
@@ -55,14 +84,24 @@ class Options:
     """where the results and their page go, from the root of the repository"""
     hardware: str = ""
     """name of this machine in the names of the results, NAME-HARDWARE.json; "": NAME.json"""
+    gpu: bool = False
+    """what needs a GPU instead, in the order in which it tells most; a call without --only takes an hour or more"""
     only: tuple[str, ...] = ()
-    """some benches; all by default"""
+    """some of them; all by default"""
     data_path: str = ""
     """folder of photographs; "": those in the folder that CLUSTERSSL_DATA names"""
 
+    cifar10: str = "cifar10"
+    """folder or archive of CIFAR-10, for time_to_accuracy"""
+
     def __post_init__(self) -> None:
-        unknown = set(self.only) - set(BENCHES)
-        cfg.require(not unknown, f"--only {' '.join(sorted(unknown))}: unknown; there are {', '.join(BENCHES)}")
+        unknown = set(self.only) - set(self.benches)
+        cfg.require(not unknown, f"--only {' '.join(sorted(unknown))}: unknown; there are {', '.join(self.benches)}")
+
+    @property
+    def benches(self) -> dict[str, str]:
+        """Names and flags."""
+        return ON_GPU if self.gpu else BENCHES
 
 
 def result_of(name: str, options: Options) -> Path:
@@ -70,10 +109,20 @@ def result_of(name: str, options: Options) -> Path:
     return ROOT / options.folder / (f"{name}-{options.hardware}.json" if options.hardware else f"{name}.json")
 
 
+def words_of(name: str, options: Options) -> list[str]:
+    """What Python is called with."""
+    words = options.benches[name].split()
+    if name in COMMANDS:
+        return words
+    words = [f"bench/{readme.bench_of(name)}.py", *words, "--out", str(result_of(name, options))]
+    if name == "time_to_accuracy":
+        words += ["--data_path", options.cifar10]
+    return words + (["--data_path", options.data_path] if name in PHOTOGRAPHS and options.data_path else [])
+
+
 def run(name: str, options: Options) -> bool:
     """One bench; whether it ended well."""
-    words = [f"bench/{name}.py", *BENCHES[name].split(), "--out", str(result_of(name, options))]
-    words += ["--data_path", options.data_path] if name in PHOTOGRAPHS and options.data_path else []
+    words = words_of(name, options)
     print(f"\n=== python {' '.join(words)}\n", flush=True)
     began = time.monotonic()
     code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
@@ -86,9 +135,12 @@ def run(name: str, options: Options) -> bool:
 
 def report(done: list[str], options: Options, committed: dict[str, dict[str, Any]]) -> None:
     """Write the page; print the figures of the benches done, and what changed since the committed results."""
+    done = [name for name in done if result_of(name, options).exists()]
     results = {path.stem: read(path) for path in (result_of(name, options) for name in done)}
+    if not results:
+        return
     page = readme.write(ROOT / options.folder)
-    print(f"\n{readme.overview(results, done, linked=False)}\n")
+    print(f"\n{readme.overview(results, sorted({*map(readme.bench_of, done)}), linked=False)}\n")
     for name, new in zip(done, results.values(), strict=True):
         for stem, old in committed.items():
             if stem.partition("-")[0] == name and old["hardware"] == new["hardware"]:
@@ -98,7 +150,7 @@ def report(done: list[str], options: Options, committed: dict[str, dict[str, Any
 
 def main() -> None:
     options = options_of(Options, __doc__)
-    names = [name for name in BENCHES if name in options.only or not options.only]
+    names = [name for name in options.benches if name in options.only or not options.only]
     try:
         with folder_of_photos(options.data_path):
             pass

@@ -27,21 +27,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 import torch.nn.functional as F
+from gpu import memory, never_waits
 from record import options_of, write_result
 from sinkhorn import published
 from summary import GPU, Bar, Line, Summary, Table, count, quantity, spread, times
 from timing import in_turns
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from trained import ROOT
 
 from clusterssl import config as cfg
 from clusterssl.data import Batch, MultiCropDataset
 from clusterssl.dist import World
+from clusterssl.plan.blueprint import read_script
 from clusterssl.pretrain import assemble, keep_freed_memory, prototype_net
 from clusterssl.step import Step
-from main_swav import Config, SwAV
+from main_swav import Config
 
 TEMPERATURE, EPSILON, ITERATIONS = 0.1, 0.05, 3
 LOW, HIGH = {2: (0.14, 0.05), 1: (0.14,)}, {2: (1.0, 0.14), 1: (1.0,)}
+PASSED = 10_240
+"""synthetic images for methods that pass over all of them before they begin; no fewer than their clusters"""
 System = Callable[[], Any]
 BARS = {
     "bare": Bar("share of the bare step's images/s on a GPU", 85, "%", needs=GPU),
@@ -55,6 +61,8 @@ BARS = {
 class Options:
     """Comparison."""
 
+    method: Literal["swav", "deepclusterv2", "sela", "deepcluster", "selfclassifier"] = "swav"
+    """others than swav are compared with the bare step alone, and have their own numbers of prototypes"""
     arch: str = "resnet18"
     nmb_crops: tuple[int, ...] = (2,)
     size_crops: tuple[int, ...] = (32,)
@@ -62,6 +70,8 @@ class Options:
     nmb_prototypes: int = 3000
     compile: bool = False
     """our backbone by torch.compile"""
+    cuda_graphs: bool = False
+    """and replayed as CUDA graphs"""
     repeats: int = 5
     threads: int = 0
     """0: all cores"""
@@ -70,25 +80,39 @@ class Options:
 
 
 def prepared(options: Options, folder: str) -> tuple[Step, Batch]:
-    """Our step, as main_swav.py sets it up, and one batch of uint8 crops."""
-    side, n = max(options.size_crops), len(options.size_crops)
+    """Our step, as the method's script sets it up, and one batch of uint8 crops."""
+    images = max(options.batch_size, 64 if options.method == "swav" else PASSED)
     words: dict[str, Any] = {
-        "data_path": f"synthetic:{max(options.batch_size, 64)}:{side}x{side}", "arch": options.arch,
-        "nmb_crops": options.nmb_crops, "size_crops": options.size_crops, "min_scale_crops": LOW[n],
-        "max_scale_crops": HIGH[n], "batch_size": options.batch_size, "nmb_prototypes": options.nmb_prototypes,
-        "compile": options.compile, "device": options.device, "workers": 0, "epochs": 10_000, "dump_path": folder,
+        "data_path": f"synthetic:{images}:{max(options.size_crops)}x{max(options.size_crops)}", "arch": options.arch,
+        "batch_size": options.batch_size, "compile": options.compile, "cuda_graphs": options.cuda_graphs,
+        "device": options.device, "workers": 0, "epochs": 10_000, "dump_path": folder, **of_method(options),
     }  # fmt: skip
     argv = [word for name, value in words.items() for word in (f"--{name}", *_words(value))]
-    config = cfg.parse(Config, argv)
+    plan = read_script(ROOT / f"main_{options.method}.py", argv, 1, 1)
     world = World(device=torch.device(options.device))
-    parts = assemble("swav", config, world, prototype_net(options.nmb_prototypes), SwAV)
+    parts = assemble(plan.name, plan.config, world, plan.make_model, plan.make_method, **plan.more)
     loader = parts.feed.loader
     keys = [(0, i) for i in range(options.batch_size)]
     batch = MultiCropDataset(loader.source, loader.multicrop, seed=0).__getitems__(keys)
     if options.device == "cuda":
         batch = batch._replace(crops=[x.pin_memory() for x in batch.crops], index=batch.index.pin_memory())
+    step = Step(parts)
+    if options.method != "swav":
+        parts.method.begin_epoch(0)
     parts.model.train()
-    return Step(parts), batch
+    return step, batch
+
+
+def of_method(options: Options) -> dict[str, Any]:
+    """Flags that not all methods have."""
+    if options.method == "deepcluster":  # one crop
+        return {"size_crops": options.size_crops[:1]}
+    n = len(options.size_crops)
+    crops = {
+        "nmb_crops": options.nmb_crops, "size_crops": options.size_crops, "min_scale_crops": LOW[n],
+        "max_scale_crops": HIGH[n],
+    }  # fmt: skip
+    return crops | ({"nmb_prototypes": options.nmb_prototypes} if options.method == "swav" else {})
 
 
 def _words(value: Any) -> list[str]:
@@ -101,8 +125,8 @@ def bare(step: Step, crops: list[Tensor]) -> System:
 
     def run() -> None:
         with feed.autocast():
-            z_ND, scores_NK = model(crops)
-        (z_ND.float().sum() + scores_NK.float().sum()).backward()
+            found = model(crops)
+        sum(x.float().sum() for x in tree_leaves(found)).backward()
         model.zero_grad(set_to_none=True)
 
     return run
@@ -175,34 +199,6 @@ def _new_network(options: Options, step: Step) -> Any:
     return prototype_net(options.nmb_prototypes)(config).to(step.parts.world.device).train()
 
 
-def memory(calls: dict[str, System]) -> dict[str, float]:
-    """GiB each call takes on the GPU at its highest, beyond what lies there before it."""
-    found = {}
-    for name, call in calls.items():
-        call()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        found[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
-    return found
-
-
-def never_waits(step: System, steps: int = 3) -> bool:
-    """Whether steps run through while every wait for the GPU is an error."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(steps):
-            step()
-    except RuntimeError as error:
-        print(f"ours waits for the GPU: {error}")
-        return False
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return True
-
-
 def systems(step: Step, batch: Batch, options: Options) -> dict[str, System]:
     """What is compared; lightly where it is installed."""
     crops = step.feed.crops(batch)
@@ -210,8 +206,10 @@ def systems(step: Step, batch: Batch, options: Options) -> dict[str, System]:
         "ours": lambda: step(0, [batch]),
         "augmentation alone": lambda: step.feed.crops(batch),
         "bare": bare(step, crops),
-        "eager": eager(step, crops, options),
     }
+    if options.method != "swav":
+        return found
+    found["eager"] = eager(step, crops, options)
     try:
         found["lightly"] = lightly(step, crops, options)
     except ImportError:
@@ -222,11 +220,11 @@ def systems(step: Step, batch: Batch, options: Options) -> dict[str, System]:
 def judged(result: dict[str, Any]) -> list[Line]:
     """The figures that count."""
     found = result["steps"]
-    ours, bare, eager = (found[name]["median"] for name in ("ours", "bare", "eager"))
+    ours, bare, eager = (found[name]["median"] if name in found else 0 for name in ("ours", "bare", "eager"))
     if result["options"]["device"] == "cpu":
-        return [Line("bare step's time over ours", times(bare / ours)),
-                Line("plain eager step's time over ours", times(eager / ours))]  # fmt: skip
-    lines = [BARS["bare"].judge(100 * bare / ours), BARS["eager"].judge(eager / ours)]
+        lines = [Line("bare step's time over ours", times(bare / ours))]
+        return [*lines, Line("plain eager step's time over ours", times(eager / ours))] if eager else lines
+    lines = [BARS["bare"].judge(100 * bare / ours)] + ([BARS["eager"].judge(eager / ours)] if eager else [])
     if "never_waits" in result:
         lines.append(BARS["waits"].judge(0 if result["never_waits"] else 1))
     if result["options"]["size_crops"] == [224, 96]:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from clusterssl import config as cfg
 from clusterssl.errors import UserError
+from clusterssl.plan.blueprint import read_script
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
@@ -252,15 +253,26 @@ def test_results_of_other_sizes_are_not_compared(tmp_path: Path) -> None:
     assert compared(tmp_path, old, new)[0] == 1
 
 
+@pytest.mark.parametrize("gpu", [False, True])
 def test_the_suite_asks_for_what_the_benches_accept(
-    script: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+    gpu: bool, script: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = script(BENCH / "suite.py")
-    for name, words in suite.BENCHES.items():
-        module = script(BENCH / f"{name}.py")
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words.split(), "--out", "x.json"])
-        options = sys.modules["record"].options_of(module.Options, "")
-        assert options.out == "x.json" and (name not in suite.PHOTOGRAPHS or hasattr(options, "data_path"))
+    options = suite.Options(gpu=gpu, data_path="photos")
+    for name in set(options.benches) - set(suite.COMMANDS):
+        path, *words = suite.words_of(name, options)
+        module = script(ROOT / path)
+        monkeypatch.setattr(sys, "argv", [path, *words])
+        asked = sys.modules["record"].options_of(module.Options, "")
+        assert asked.out == str(ROOT / "runs" / "bench" / f"{name}.json")
+        assert not gpu or getattr(asked, "device", "auto") != "cpu"
+        assert name not in suite.PHOTOGRAPHS or asked.data_path == "photos"
+
+
+def test_what_the_suite_profiles_is_a_training_as_it_runs(script: Callable[[Path], Any]) -> None:
+    path, *words = script(BENCH / "suite.py").ON_GPU["profile"].split()
+    asked = read_script(ROOT / path, words, 1, 1).config
+    assert asked.run.profile == 10 and asked.model.compile
 
 
 def tiny_images(folder: Path) -> Path:

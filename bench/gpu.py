@@ -1,0 +1,76 @@
+"""What a GPU did and could do: kernels, memory and waits of a call, and the rate at which its memory copies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+GEMM = ("gemm", "cutlass", "cublas", "splitk")
+"""parts of the names of kernels that multiply matrices and write the product"""
+
+
+def kernels(call: Callable[[], Any]) -> list[str]:
+    """Names of what a call launches on the GPU, in order."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def products_written(names: list[str]) -> int:
+    """How many of the kernels multiply matrices and write the product to memory."""
+    return sum(any(part in name.lower() for part in GEMM) for name in names)
+
+
+def memory(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """GiB each call takes on the GPU at its highest, beyond what lies there before it."""
+    found = {}
+    for name, call in calls.items():
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        found[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return found
+
+
+def never_waits(step: Callable[[], Any], steps: int = 3) -> bool:
+    """Whether steps run through while every wait for the GPU is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(steps):
+            step()
+    except RuntimeError as error:
+        print(f"ours waits for the GPU: {error}")
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True
+
+
+def bytes_per_second(device: str, size: int = 2**30, repeats: int = 20) -> float:
+    """Bytes read and written by a copy of `size` bytes, a second."""
+    source, target = (torch.zeros(size // 4, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 2):
+        _settle(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        _settle(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * size / median(seconds[2:])
+
+
+def _settle(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

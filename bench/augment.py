@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from photos import folder_of_photos
 from record import options_of, write_result
-from summary import Bar, Summary, against, count
+from summary import Bar, Line, Summary, against, count, quantity
 from timing import in_turns
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -128,14 +128,16 @@ def summary(result: dict[str, Any]) -> Summary:
     options, table = result["options"], result["ms_per_image"]
     on_cpu = options["device"] == "cpu"
     seconds = {name: {key: value / 1e3 for key, value in one.items()} for name, one in table.items()}
-    one_core = on_cpu and options["threads"] == 1
+    what, median = BARS["cpu"].what, table["ours"]["median"]
+    line = (BARS["cpu"].judge(median, "published, decoding included: 19 to 20 ms") if on_cpu and options["threads"] == 1
+            else Line(what.removesuffix(" on one core"), quantity(median, "ms")))  # fmt: skip
     return Summary(
         "What do colour, blur, flip and normalisation of an image's crops cost?",
         "ours; crop by crop, torchvision v2, kornia",
         f"2 x 224 + 6 x 96 px, {options['images']} images at once, "
         f"{count(options['threads'], 'thread') if on_cpu else 'GPU'}; medians of {options['repeats']} (quartiles).",
         [against(seconds, what="an image")],
-        [BARS["cpu"].judge(table["ours"]["median"], "published, decoding included: 19 to 20 ms")] if one_core else [],
+        [line],
         "The share of a GPU's training step is told by `train_step`.",
     )
 

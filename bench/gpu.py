@@ -1,10 +1,8 @@
-"""What a GPU did and could do: kernels, memory and waits of a call, and the rate at which its memory copies."""
+"""What a GPU did: kernels, memory and waits of a call."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
@@ -56,21 +54,3 @@ def never_waits(step: Callable[[], Any], steps: int = 3) -> bool:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return True
-
-
-def bytes_per_second(device: str, size: int = 2**30, repeats: int = 20) -> float:
-    """Bytes read and written by a copy of `size` bytes, a second."""
-    source, target = (torch.zeros(size // 4, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(repeats + 2):
-        _settle(device)
-        began = time.perf_counter()
-        target.copy_(source)
-        _settle(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * size / median(seconds[2:])
-
-
-def _settle(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -41,7 +41,8 @@ from clusterssl.cluster.nearest import Target, search_torch
 BARS = {
     "published": Bar("published algorithm's time of an iteration over ours", 1.8),
     "faiss.Kmeans": Bar("faiss's time of an iteration over ours", 3.0),
-    "written": Bar("matrices of rows x clusters that are written out on a GPU", 0, "", most=True, needs=GPU),
+    "memory": Bar("memory that ours takes on a GPU over that of the distances of all rows", 1, most=True, needs=GPU),
+    "written": Bar("products of rows and centroids that a search writes out on a GPU", 0, "", most=True, needs=GPU),
 }
 
 
@@ -129,6 +130,13 @@ def inertia(x_ND: Tensor, centroids_KD: Tensor) -> float:
     return float(sum((2 - 2 * part.max(1).values).sum() for part in parts))
 
 
+def watched() -> int:
+    """Begin to watch the GPU's memory; bytes in use."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
 def measure(options: Options) -> dict[str, dict]:
     """Seconds of an iteration by the clock and of all cores, each repeat of each system, and the inertia it reaches."""
     x_ND = features(options)
@@ -138,10 +146,12 @@ def measure(options: Options) -> dict[str, dict]:
     for repeat in range(options.repeats):
         for name, run in systems(options).items():
             one = found.setdefault(name, {"seconds": [], "cpu_seconds": []})
+            held = watched() if options.device == "cuda" else 0
             began, worked = time.perf_counter(), time.process_time()
             centroids_KD = run(x_ND, start_KD.clone(), options.iterations)
             if options.device == "cuda":
                 torch.cuda.synchronize()
+                one["gpu_bytes"] = torch.cuda.max_memory_allocated() - held
             one["seconds"].append((time.perf_counter() - began) / options.iterations)
             one["cpu_seconds"].append((time.process_time() - worked) / options.iterations)
             one["inertia"] = one.get("inertia") or inertia(x_ND, centroids_KD)
@@ -170,6 +180,9 @@ def summary(result: dict[str, Any]) -> Summary:
         for name in ("published", "faiss.Kmeans")
         if name in found and (on_cpu or name == "published")
     ]
+    if "gpu_bytes" in found["ours"]:
+        distances = 4 * options["rows"] * options["clusters"]
+        judged.append(BARS["memory"].judge(found["ours"]["gpu_bytes"] / distances))
     if "written" in result:
         judged.append(BARS["written"].judge(result["written"]))
     data = "rows around 2000 centres" if options["data"] == "groups" else "rows without any clusters"

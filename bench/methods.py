@@ -155,16 +155,21 @@ def summary(result: dict[str, Any]) -> Summary:
     best = max(trained, key=lambda name: means[name]["linear"])
     number_of_seeds = count(min(len(seeds[name]) for name in trained), "seed")
     data = "digits" if "--data_path" not in next(iter(result["commands"].values())) else "CIFAR-10"
+    data_given = " from the same number of crops" if data == "CIFAR-10" else " without any flag"
     gains = [means[name]["linear"] - means["Untrained"]["linear"] for name in trained]
     return Summary(
-        f"What do the methods learn on {data} from the same number of crops, and what does each cost?",
+        f"What do the methods learn on {data}{data_given}, and what does each cost?",
         f"{len(trained)} methods, untrained network; {data}",
         f"Accuracies, NMI and ARI on test images, means over the seeds; crops/s of one core. First seed's command of "
         f"{best}: `{result['commands'][best]}`",
         [Table(("method", "k-NN", "linear", "NMI", "ARI", "crops/s", "memory", "CPU time", "seeds"), rows)],
         [Line("linear accuracy above the untrained network's",
-              f"{min(gains):+.1f} to {max(gains):+.1f} points ({number_of_seeds})")],
+              f"{_points(min(gains))} to {_points(max(gains))} points ({number_of_seeds})")],
     )  # fmt: skip
+
+
+def _points(gain: float) -> str:
+    return f"{round(gain, 1) + 0.0:+.1f}"
 
 
 def main() -> None:

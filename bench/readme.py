@@ -93,6 +93,7 @@ def overview(results: dict[str, dict[str, Any]], names: list[str], linked: bool 
 
 def _rows(place: str, summary: Summary) -> list[tuple[str, ...]]:
     cells = [(line.what, line.figure, str(line.bar or "none"), line.verdict) for line in summary.lines]
+    cells = cells or [("see the table", "", "none", "")]
     return [(place, "" if number else summary.compared, *row) for number, row in enumerate(cells)]
 
 

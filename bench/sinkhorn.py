@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 import torch.nn.functional as F
-from gpu import bytes_per_second, kernels
+from gpu import kernels
 from ranks import on_ranks
 from record import options_of, write_result
 from summary import GPU, Bar, Line, Summary, Table, count, duration, spread, times
@@ -38,6 +38,7 @@ from clusterssl.cluster.sinkhorn import sinkhorn
 from clusterssl.pretrain import keep_freed_memory
 
 System = Callable[[Tensor, float, int], Tensor]
+COPY = "copying the scores"
 BARS = {
     "every": Bar("published form's time over ours, least of all sizes", 2.2),
     "small": Bar("published form's time over ours, least up to B = 2048", 3.5),
@@ -132,20 +133,35 @@ def measure(options: Options, rows: int) -> dict[str, dict[str, float]]:
         error = max(float((q - wanted).abs().max()) for q, wanted in zip(assigned, expected, strict=True))
         cfg.require(error < 1e-5, f"{name} differs from the formula by {error:.2g}: nothing to time")
         calls[name] = partial(_run, system, options)
+    if options.device == "cuda":
+        calls[COPY] = torch.clone
     return {name: one._asdict() for name, one in in_turns(calls, options.repeats, 2, given.clone).items()}
 
 
-def on_gpu(options: Options, rows: int, rate: float) -> dict[str, float]:
-    """Kernels of a call, and seconds in which the scores can be read 2 x iterations + 2 times."""
+def launches(options: Options, rows: int) -> int:
+    """Kernels of a call on a GPU."""
     given = scores(rows, options)
-    names = kernels(lambda: ours(given.clone(), options.epsilon, options.iterations))
     copies = kernels(lambda: given.clone())
-    floor = given.nbytes * (2 * options.iterations + 2) / rate
-    return {"launches": len(names) - len(copies), "floor_s": floor}
+    return len(kernels(lambda: ours(given.clone(), options.epsilon, options.iterations))) - len(copies)
 
 
-def _run(system: Callable[[Tensor, float, int], Any], options: Options, scores_ABK: Tensor) -> Any:
-    return system(scores_ABK, options.epsilon, options.iterations)
+def judged(options: dict[str, Any], rows: list[dict[str, Any]]) -> list[Line]:
+    """The figures that count; on a GPU a copy reads and writes the scores once each."""
+    lines: list[Line] = []
+    if options["device"] == "cuda":
+        reads = 2 * options["iterations"] + 2
+        found = {row["batch"]: row["seconds"]["ours"]["median"] / (reads * row["seconds"][COPY]["median"] / 2)
+                 for row in rows}  # fmt: skip
+        worst = max(found, key=lambda batch: found[batch])
+        launched = {row["launches"] for row in rows if "launches" in row}
+        return [BARS["floor"].judge(found[worst], f"B = {worst}"),
+                BARS["launches"].judge(len(launched), f"{', '.join(map(str, sorted(launched)))} launches")]  # fmt: skip
+    for key, most in (("every", max(row["batch"] for row in rows)), ("small", 2048)):
+        if of_size := [row for row in rows if row["batch"] <= most]:
+            least = min(of_size, key=lambda row: row["published_over_ours"])
+            place = f"{count(least['ranks'], 'rank')}, B = {least['batch']}"
+            lines.append(BARS[key].judge(least["published_over_ours"], place))
+    return lines
 
 
 def summary(result: dict[str, Any]) -> Summary:
@@ -158,19 +174,6 @@ def summary(result: dict[str, Any]) -> Summary:
         cells = [f"{duration(found[name]['median'])}, {times(found[name]['median'] / ours['median'])}"
                  if name in found else "" for name in peers]  # fmt: skip
         table.append((row["ranks"], row["batch"], spread(ours), *cells))
-    lines: list[Line] = []
-    for key, most in (("every", max(row["batch"] for row in rows)), ("small", 2048)):
-        of_size = [row for row in rows if row["batch"] <= most]
-        if of_size and options["device"] == "cpu":
-            least = min(of_size, key=lambda row: row["published_over_ours"])
-            place = f"{count(least['ranks'], 'rank')}, B = {least['batch']}"
-            lines.append(BARS[key].judge(least["published_over_ours"], place))
-    if "floor_s" in rows[0]:
-        worst = max(rows, key=lambda row: row["seconds"]["ours"]["median"] / row["floor_s"])
-        launched = ", ".join(sorted({str(row["launches"]) for row in rows}))
-        over = worst["seconds"]["ours"]["median"] / worst["floor_s"]
-        lines.append(BARS["floor"].judge(over, f"B = {worst['batch']}"))
-        lines.append(BARS["launches"].judge(len({row["launches"] for row in rows}), f"{launched} launches"))
     return Summary(
         "How long does SwAV's assignment of a batch take, and how much longer does it take others?",
         "ours; published formula, log domain, lightly",
@@ -178,7 +181,7 @@ def summary(result: dict[str, Any]) -> Summary:
         f"{options['device']}; one rank has {count(options['threads'], 'thread')}, several have one each. Medians of "
         f"{options['repeats']} (quartiles); behind the others' time how many times ours it is.",
         [Table(("ranks", "B", "ours", *peers), table)],
-        lines,
+        judged(options, rows),
         '"ours" takes the memory of the scores, as training does; "ours, kept" leaves them.',
     )
 
@@ -187,15 +190,14 @@ def main() -> None:
     options = options_of(Options, __doc__)
     keep_freed_memory()
     rows: list[dict[str, Any]] = []
-    rate = bytes_per_second("cuda") if options.device == "cuda" else 0.0
     for world_size in options.ranks:
         for batch in options.batches:
             found = on_ranks(measure, world_size, options, batch)
             slowest = max(found, key=lambda one: one["ours"]["median"])
             ratio = slowest["published"]["median"] / slowest["ours"]["median"]
             rows.append({"ranks": world_size, "batch": batch, "seconds": slowest, "published_over_ours": ratio})
-            if rate and world_size == 1:
-                rows[-1] |= on_gpu(options, batch, rate)
+            if options.device == "cuda" and world_size == 1:
+                rows[-1]["launches"] = launches(options, batch)
             print(f"{world_size} rank(s), B {batch}: published {ratio:.2f} x ours", flush=True)
     write_result(Path(options.out), {"options": cfg.plain(options), "rows": rows}, summary)
 

@@ -42,7 +42,7 @@ class Options:
     """clusters of the second command, by k-means"""
     workers: int = 2
     """loader processes"""
-    out: str = "bench/results/assign.json"
+    out: str = "runs/bench/assign.json"
     """file of the result"""
 
 

@@ -48,7 +48,7 @@ class Options:
     repeats: int = 5
     threads: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
-    out: str = "bench/results/augment.json"
+    out: str = "runs/bench/augment.json"
 
 
 def one_by_one(crops: list[Tensor], params_VBP: Tensor, device: str) -> list[Tensor]:

@@ -57,7 +57,7 @@ class Options:
     where: Literal["here", "slurm"] = "here"
     """on this machine, or as jobs of a Slurm cluster of two nodes that is started for it"""
     seed: int = 0
-    out: str = "bench/results/chaos.json"
+    out: str = "runs/bench/chaos.json"
     page: str = ""
     """document whose table is replaced by this one"""
 

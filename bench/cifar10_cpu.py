@@ -60,7 +60,7 @@ class Options:
     folder: str = "runs/bench_cifar10_cpu"
     """where the runs are kept; finished ones are used again"""
     recipe: str = "scripts/swav_cifar10_cpu.sh"
-    out: str = "bench/results/cifar10_cpu.json"
+    out: str = "runs/bench/cifar10_cpu.json"
 
 
 def run_recipe(options: Options, seed: int) -> tuple[Path, float]:

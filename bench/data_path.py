@@ -63,7 +63,7 @@ class Options:
     short_side: int = 256
     """of the packed photographs, JPEG quality 90; 0: as they are"""
     repeats: int = 5
-    out: str = "bench/results/data_path.json"
+    out: str = "runs/bench/data_path.json"
 
 
 def pil_blur(image: Image.Image) -> Image.Image:

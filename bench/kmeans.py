@@ -63,7 +63,7 @@ class Options:
     leave_out: tuple[str, ...] = ()
     """systems; of the published one the matrix of rows x clusters must fit into memory"""
     seed: int = 0
-    out: str = "bench/results/kmeans.json"
+    out: str = "runs/bench/kmeans.json"
 
 
 def features(options: Options) -> Tensor:

@@ -63,7 +63,7 @@ class Options:
     threads: int = 0
     """0: all cores"""
     seed: int = 0
-    out: str = "bench/results/knn.json"
+    out: str = "runs/bench/knn.json"
 
 
 def features(rows: int, dim: int, seed: int) -> Tensor:

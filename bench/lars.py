@@ -40,7 +40,7 @@ class Options:
     threads: int = 0
     """0: all cores"""
     device: Literal["cpu", "cuda"] = "cpu"
-    out: str = "bench/results/lars.json"
+    out: str = "runs/bench/lars.json"
 
 
 def parameters(options: Options) -> list[Tensor]:

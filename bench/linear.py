@@ -51,7 +51,7 @@ class Options:
     """of a whole run"""
     threads: int = 0
     """0: all cores"""
-    out: str = "bench/results/linear.json"
+    out: str = "runs/bench/linear.json"
 
 
 def setup_of(options: Options, folder: str) -> Setup:

@@ -45,7 +45,7 @@ class Options:
     batches: int = 12
     """timed, of each repeat"""
     repeats: int = 3
-    out: str = "bench/results/loader.json"
+    out: str = "runs/bench/loader.json"
 
 
 def measure(source: Source, workers: int, options: Options) -> tuple[float, float]:

@@ -76,7 +76,7 @@ class Options:
     """training images of each class"""
     folder: str = "runs/bench_methods"
     """where the runs are kept; finished ones are used again"""
-    out: str = "bench/results/methods.json"
+    out: str = "runs/bench/methods.json"
 
 
 def data_of(options: Options) -> str:

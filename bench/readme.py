@@ -109,8 +109,9 @@ def about(stem: str, record: dict[str, Any], link: str) -> str:
     hardware = record["hardware"]
     where = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['gpu'] or 'no GPU'}"
     edited = " with edits that were not committed" if record.get("changed_since") else ""
-    day = f"measured on {record['date']}" if "date" in record else f"commit of {record['commit_date']}"
-    return f"`{record['command']}`\n\n{where}; {day}, at {record['commit'][:7]}{edited}; [JSON]({link})."
+    when = f"measured on {record['date']}" if "date" in record else f"commit of {record['commit_date']}"
+    commit = record["commit"][:7] or "an unknown commit"
+    return f"`{record['command']}`\n\n{where}; {when}, at {commit}{edited}; [JSON]({link})."
 
 
 def day(record: dict[str, Any]) -> str:
@@ -121,13 +122,14 @@ def day(record: dict[str, Any]) -> str:
 def page(results: dict[str, dict[str, Any]], names: list[str], folder: str = "") -> str:
     """The page, from the results by the stems of their files; `folder` leads from the page to them."""
     cfg.require(bool(results), "no results: nothing to make a page of")
-    first, *_, last = sorted((day(record), stem) for stem, record in results.items()) * 2
+    dates = sorted((day(record), stem) for stem, record in results.items())
+    (first, oldest), (last, newest) = dates[0], dates[-1]
     table = overview(results, names)
     lines = [
         "# Measurements",
         "Written by `python bench/readme.py`. How each was measured, and what the others are, stands at the head of "
         "the script that its command names.",
-        f"Oldest result: `{first[1]}`, {first[0]}. Newest: `{last[1]}`, {last[0]}.",
+        f"Oldest result: `{oldest}`, {first}. Newest: `{newest}`, {last}.",
         f"{standing(table)} \"None\": no bar was set.",
         str(table),
         "\"CPU time\" is that of all threads together and depends less on what else a machine does; all other times "

@@ -86,7 +86,7 @@ class Options:
     """what to train and score"""
     folder: str = "runs/bench_recipes"
     """where the runs are kept; finished ones are used again"""
-    out: str = "bench/results/recipes.json"
+    out: str = "runs/bench/recipes.json"
 
     def __post_init__(self) -> None:
         cfg.require(self.preset in PRESETS, f"--preset {self.preset}: unknown; there are {', '.join(PRESETS)}")

@@ -52,7 +52,7 @@ class Options:
     threads: int = 1
     """of the training process, for the crops it takes itself"""
     device: Literal["cpu", "cuda"] = "cpu"
-    out: str = "bench/results/resident.json"
+    out: str = "runs/bench/resident.json"
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Options:
     device: Literal["cpu", "cuda"] = "cpu"
     folder: str = ""
     """where to write; a folder for temporary files without it"""
-    out: str = "bench/results/saves.json"
+    out: str = "runs/bench/saves.json"
 
 
 class Training:

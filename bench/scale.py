@@ -91,7 +91,7 @@ class Options:
     """10^12 operations a second that a GPU is assumed to do in training; 0: no assumption"""
     w5_batches: tuple[int, ...] = (4, 8, 12, 16, 24)
     """images of a rank in the memory plan of the w5 network"""
-    out: str = "bench/results/scale.json"
+    out: str = "runs/bench/scale.json"
 
 
 def short_run(global_batch: int) -> float:

@@ -63,7 +63,7 @@ class Options:
     threads: int = 1
     """of a process alone; several ranks have one each"""
     device: Literal["cpu", "cuda"] = "cpu"
-    out: str = "bench/results/sinkhorn.json"
+    out: str = "runs/bench/sinkhorn.json"
 
 
 def published(scores_BK: Tensor, epsilon: float, iterations: int) -> Tensor:

@@ -145,7 +145,7 @@ def report(done: list[str], options: Options, committed: dict[str, dict[str, Any
         for stem, old in committed.items():
             if stem.partition("-")[0] == name and old["hardware"] == new["hardware"]:
                 print(*compare.report(f"{name} since {stem}.json", old, new, compare.Options())[0], sep="\n")
-    print(f"\nthe page is {page}")
+    print(f"\nWhere the others became slower alike, the machine was slower. The page is {page}")
 
 
 def main() -> None:

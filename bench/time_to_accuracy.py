@@ -61,7 +61,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     folder: str = "runs/time_to_accuracy"
     """where the run is kept; the next call goes on there"""
-    out: str = "bench/results/time_to_accuracy.json"
+    out: str = "runs/bench/time_to_accuracy.json"
 
 
 def piece(options: Options, data: str, run: Path, seconds: float) -> bool:

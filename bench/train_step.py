@@ -76,7 +76,7 @@ class Options:
     threads: int = 0
     """0: all cores"""
     device: Literal["cpu", "cuda"] = "cpu"
-    out: str = "bench/results/train_step.json"
+    out: str = "runs/bench/train_step.json"
 
 
 def prepared(options: Options, folder: str) -> tuple[Step, Batch]:

@@ -68,7 +68,7 @@ class Options:
     """also measure the memory of a few passes at N = 1.28 million"""
     measure: tuple[int, ...] = ()
     """images, clusters, dimension, most passes: only run that and print this process's peak memory"""
-    out: str = "bench/results/transport.json"
+    out: str = "runs/bench/transport.json"
 
 
 def logits(images: int, clusters: int, scale: float, height: float, seed: int = 1) -> NDArray[np.float64]:

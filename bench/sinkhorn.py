@@ -138,6 +138,10 @@ def measure(options: Options, rows: int) -> dict[str, dict[str, float]]:
     return {name: one._asdict() for name, one in in_turns(calls, options.repeats, 2, given.clone).items()}
 
 
+def _run(system: Callable[[Tensor, float, int], Any], options: Options, scores_ABK: Tensor) -> Any:
+    return system(scores_ABK, options.epsilon, options.iterations)
+
+
 def launches(options: Options, rows: int) -> int:
     """Kernels of a call on a GPU."""
     given = scores(rows, options)

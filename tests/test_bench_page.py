@@ -65,9 +65,10 @@ def test_a_bar_is_met_missed_or_not_measured(names: dict[str, Any]) -> None:
     assert "time of an iteration over ours: 2.50 x (CPU time 2.50 x); demanded at least 3 x: **missed**" in page
     (lars,) = (row for row in rows_of(page, "lars"))
     assert lars[3:] == ["", "at most 1.3 x", "not measured: no result yet"]
-    (gpu,) = (row for row in rows_of(page, "kmeans") if row[0] == "kmeans")
-    assert gpu[3:] == ["", "at most 1 x", "not measured: no GPU yet"]
-    assert "2 met, 2 missed, 2 not measured" in page
+    memory, written = (row for row in rows_of(page, "kmeans") if row[0] == "kmeans")
+    assert memory[3:] == ["", "at most 1 x", "not measured: no GPU yet"]
+    assert written[4:] == ["at most 0", "not measured: no GPU yet"]
+    assert "2 met, 2 missed, 3 not measured" in page
 
 
 @pytest.mark.parametrize(("value", "most", "met"), [(2.0, True, True), (2.01, True, False), (2.0, False, True),
@@ -147,11 +148,15 @@ def test_a_gpu_is_held_to_its_own_bars(names: dict[str, Any]) -> None:
     scores["result"]["rows"] = scores["result"]["rows"][:1]
     seconds = scores["result"]["rows"][0]["seconds"]
     seconds["copying the scores"] = {**seconds["ours"], "median": seconds["ours"]["median"] / 5}
-    assert verdicts(names, "sinkhorn", scores) == [("1.25 x", "met")]
+    scores["result"]["rows"][0]["launches"] = 12
+    assert verdicts(names, "sinkhorn", scores) == [("1.25 x", "met"), ("1", "met")]
+    scores["result"]["rows"].append({**scores["result"]["rows"][0], "launches": 14})
+    assert verdicts(names, "sinkhorn", scores)[1] == ("2", "missed")
     groups = kmeans(10.0, 5.0)
     groups["result"]["options"] |= {"device": "cuda", "rows": 1000, "clusters": 10}
     groups["result"]["systems"]["ours"]["gpu_bytes"] = 50_000
-    assert verdicts(names, "kmeans", groups) == [("5.00 x", "met"), ("1.25 x", "missed")]
+    groups["result"]["written"] = 0
+    assert verdicts(names, "kmeans", groups) == [("5.00 x", "met"), ("1.25 x", "missed"), ("0", "met")]
     assert verdicts(names, "augment", committed("augment", names, device="cuda"))[0][1] == ""
 
 
@@ -201,7 +206,7 @@ def test_the_suite_writes_where_git_does_not_look_and_compares(
     other = {**before, "hardware": {"cpu": "b"}}
     suite.report(["kmeans"], options, {"kmeans-a": before, "kmeans_b-a": larger, "kmeans-c": other, "lars-a": before})
     said = capsys.readouterr().out
-    assert [row[-1] for row in rows_of(said, "kmeans")] == ["met", "missed", "not measured: no GPU yet"]
+    assert [row[-1] for row in rows_of(said, "kmeans")] == ["met", "missed", *["not measured: no GPU yet"] * 2]
     assert "slower: systems / faiss.Kmeans / seconds: 4000 -> 5000 ms (1.25 x)" in said
     assert said.count(" since ") == 1 and "lars" not in said
     assert "## kmeans-mine" in (tmp_path / "README.md").read_text()

@@ -60,8 +60,9 @@ class Config:
         crops, heads = len(o.crops_for_assign), len(o.nmb_prototypes)
         misfit = f"--crops_for_assign names {crops} crops, --nmb_prototypes has layers for only {heads}"
         cfg.require(crops <= heads, f"{misfit}; add layers or name at most {heads} crops")
-        cfg.require(o.temperature > 0, f"--temperature {o.temperature}: must be positive")
-        cfg.require(min(o.nmb_prototypes) > 1, "--nmb_prototypes: must be at least 2 each")
+        cfg.require_numbers(o, "temperature", above=0)
+        cfg.require_numbers(o, "nmb_prototypes", least=2)
+        cfg.require_numbers(o, "freeze_prototypes_niters", least=0)
 
 
 DIGITS = Config(

@@ -72,11 +72,10 @@ class Config:
         crops, heads = len(o.crops_for_assign), len(o.nmb_prototypes)
         misfit = f"--crops_for_assign names {crops} crops, --nmb_prototypes has layers for only {heads}"
         cfg.require(crops <= heads, f"{misfit}; add layers or name at most {heads} crops")
-        for name in ("temperature", "epsilon"):
-            cfg.require(getattr(o, name) > 0, f"--{name} {getattr(o, name)}: must be positive")
-        kept, least = o.label_clusters, min(o.nmb_prototypes)
-        cfg.require(least > 1, "--nmb_prototypes: must be at least 2 each")
-        cfg.require(1 <= kept <= least, f"--label_clusters {kept}: must lie between 1 and the {least} prototypes")
+        cfg.require_numbers(o, "temperature", "epsilon", above=0)
+        cfg.require_numbers(o, "nmb_prototypes", least=2)
+        cfg.require_numbers(o, "freeze_prototypes_niters", least=0)
+        cfg.require_numbers(o, "label_clusters", least=1, most=min(o.nmb_prototypes))
 
 
 DIGITS = Config(

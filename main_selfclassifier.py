@@ -61,8 +61,7 @@ class ObjectiveOptions:
     """classify the first view itself instead of its nearest neighbour"""
 
     def __post_init__(self) -> None:
-        for name in ("row_tau", "col_tau", "eps", "queue_len"):
-            cfg.require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be positive")
+        cfg.require_numbers(self, "row_tau", "col_tau", "eps", "queue_len", above=0)
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ class SelfClassifier(Method):
     def __init__(self, model: nn.Module, config: Config, feed: Feed) -> None:
         o = self.options = config.objective
         images, step, k = feed.num_images, feed.global_batch, max(config.model.cls_size)
-        cfg.require(k <= images, f"--cls_size {k}: there are only {images} images")
-        cfg.require(o.no_nn_aug or o.queue_len >= step, f"--queue_len {o.queue_len}: a step has more images, {step}")
+        cfg.require(k <= images, f"--cls_size {k}: there are only {images} images; ask for fewer classes")
+        cfg.require(o.no_nn_aug or o.queue_len >= step, f"--queue_len {o.queue_len}: a step has {step}; give as many")
         self.model, self.views, self.num_images = model, num_views(config.data), images
         dim, dtype = cast(SelfClassifierNet, bare(model)).mlp_head.out_dim, next(model.parameters()).dtype
         self.queue = None if o.no_nn_aug else NeighbourQueue(o.queue_len, dim, feed.device, dtype)

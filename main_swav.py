@@ -65,8 +65,8 @@ class Config:
         views = num_views(self.data)
         cfg.require(views > 1, f"--nmb_crops {views}: SwAV compares views, it needs at least 2 crops")
         options.require_crops(self.swav.crops_for_assign, views)
-        cfg.require(self.swav.temperature > 0, f"--temperature {self.swav.temperature}: must be positive")
-        cfg.require(self.swav.nmb_prototypes > 1, "--nmb_prototypes: must be at least 2")
+        cfg.require_numbers(self.swav, "temperature", above=0)
+        cfg.require_numbers(self.swav, "nmb_prototypes", least=2)
 
 
 DIGITS = Config(

@@ -83,12 +83,17 @@ def test_reads_underscores_hyphens_lists_booleans_and_sizes() -> None:
     [
         ("--sises 4", "--sises: unknown flag; did you mean --sizes?"),
         ("--numb 4", "--numb: unknown flag; did you mean --number?"),
+        ("-numb 4", "-numb: unknown flag; did you mean --number?"),
         ("--zzz", "--zzz: unknown flag; see --help"),
         ("stray", "'stray': not expected here"),
-        ("--number 2.5", "--number: '2.5' is not a whole number"),
+        ("--number 2.5", "--number: '2.5' is not a whole number; write one such as 3"),
         ("--number x", "--number"),
-        ("--on maybe", "--on: 'maybe' is neither true nor false"),
-        ("--kind z", "--kind: invalid choice: 'z'"),
+        ("--maybe x", "--maybe: 'x' is not a finite number; write one"),
+        ("--maybe nan", "--maybe: 'nan' is not a finite number; write one"),
+        ("--maybe=-inf", "--maybe: '-inf' is not a finite number; write one"),
+        ("--on maybe", "--on: 'maybe' is neither true nor false; write one of them"),
+        ("--kind z", "--kind: 'z' is none of x, y"),
+        ("--kind Y", "--kind: 'Y' is none of x, y; did you mean y?"),
         ("--sizes 0", "--sizes: '0' is no size"),
         ("--sizes 4x5x6", "no size"),
         ("--sizes", "--sizes: expected at least one argument"),
@@ -99,6 +104,41 @@ def test_bad_words_give_one_line(words: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         cfg.parse(Outer, words.split())
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert "argument" not in str(caught.value).replace("one argument", "")
+
+
+@dataclass(frozen=True)
+class Bounded:
+    count: int = 5
+    share: float = 0.5
+    zero: int = 0
+    sizes: tuple[int, ...] = (2, 3)
+    absent: float | None = None
+    large: int = 4194304
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "bounds", "message"),
+    [
+        ({"count": 0}, "count", {"least": 1}, "--count 0: must be at least 1, such as 5"),
+        ({"count": 0}, "count", {"above": 0}, "--count 0: must be above 0, such as 5"),
+        ({"share": 1.0}, "share", {"least": 0, "below": 1}, "--share 1.0: must be at least 0 and below 1, such as 0.5"),
+        ({"share": 2.0}, "share", {"above": 0, "most": 1}, "--share 2.0: must be above 0 and at most 1, such as 0.5"),
+        ({"share": float("nan")}, "share", {"least": 0}, "--share nan: must be at least 0, such as 0.5"),
+        ({"share": float("inf")}, "share", {"least": 0}, "--share inf: must be at least 0, such as 0.5"),
+        ({"zero": -1}, "zero", {"least": 0}, "--zero -1: must be at least 0"),
+        ({"sizes": (4, 0)}, "sizes", {"least": 1}, "--sizes 4 0: must be at least 1"),
+        ({"absent": -1.0}, "absent", {"least": 0}, "--absent -1.0: must be at least 0"),
+        ({"large": 0}, "large", {"least": 1}, "--large 0: must be at least 1, such as 4194304"),
+    ],
+)
+def test_numbers_out_of_bounds_name_the_bounds_and_an_example(
+    change: dict, name: str, bounds: dict, message: str
+) -> None:  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        cfg.require_numbers(Bounded(**change), name, **bounds)
+    assert str(caught.value) == message
+    cfg.require_numbers(Bounded(), name, **bounds)
 
 
 def test_command_gives_the_configuration_back() -> None:

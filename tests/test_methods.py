@@ -151,8 +151,8 @@ def test_without_flags_learns_from_the_digits(name: str, tmp_path: Path) -> None
     ("name", "flags", "said"),
     [
         ("selfclassifier", "--cls_size 1000", "--cls_size 1000: there are only 48 images"),
-        ("selfclassifier", "--queue_len 8", "--queue_len 8: a step has more images, 16"),
-        ("deepcluster", "--nmb_cluster 1", "--nmb_cluster 1: needs at least 2 clusters"),
+        ("selfclassifier", "--queue_len 8", "--queue_len 8: a step has 16; give as many"),
+        ("deepcluster", "--nmb_cluster 1", "--nmb_cluster 1: must be at least 2"),
         ("deepcluster", "--nmb_cluster 49", "--nmb_cluster 49: more clusters than the 48 images"),
         ("sela_v1", "--ncl 49", "--ncl 49: more clusters than the 48 images"),
         ("sela", "--nmb_prototypes 49 49", "--nmb_prototypes 49: there are only 48 images"),

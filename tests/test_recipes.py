@@ -49,7 +49,7 @@ def flags_of(script: Path) -> tuple[str, list[str]]:
 
 def without_places(config: Any) -> Any:
     """The configuration without paths and addresses."""
-    run = replace(config.run, dump_path="", dist_url="")
+    run = replace(config.run, dump_path=".", dist_url="")
     return replace(config, data=replace(config.data, data_path=""), run=run)
 
 

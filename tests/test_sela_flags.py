@@ -37,7 +37,7 @@ def parsed(words: list[str]) -> Any:
 
 def without_places(config: Any) -> Any:
     """The configuration without paths and devices."""
-    run = replace(config.run, dump_path="", device="auto")
+    run = replace(config.run, dump_path=".", device="auto")
     return replace(config, data=replace(config.data, data_path="", workers=0), run=run)
 
 
@@ -164,9 +164,9 @@ SMALL = {
     ("version", "words", "said"),
     [
         ("1", "--ncl 97", "--ncl 97: more clusters than the 96 images"),
-        ("1", "--ncl 1", "--ncl 1: a head needs at least 2 clusters"),
-        ("1", "--hc 0", "--hc 0: must be positive"),
-        ("1", "--augs 4", "--augs 4: there are levels 0 to 3"),
+        ("1", "--ncl 1", "--ncl 1: must be at least 2"),
+        ("1", "--hc 0", "--hc 0: must be above 0"),
+        ("1", "--augs 4", "--augs 4: must be at least 0 and at most 3"),
         ("1", "--nmb_crops 2", "--nmb_crops: SeLa sees one crop of an image"),
         ("1", "--lrdrop 0", "--lrdrop 0: must be at least 1"),
         ("1", "--nmb_prototypes 5", "--nmb_prototypes: unknown flag"),
@@ -175,11 +175,11 @@ SMALL = {
         ("2", "--nmb_prototypes 12", "--crops_for_assign names 2 crops, --nmb_prototypes has layers for only 1"),
         ("2", "--nmb_prototypes 12 97", "--nmb_prototypes 97: there are only 96 images in an epoch to cluster"),
         ("2", "--crops_for_assign 0 3 --nmb_prototypes 5 5", "--crops_for_assign 0 3: there are 3 crops"),
-        ("2", "--nmb_prototypes 12 1", "--nmb_prototypes: must be at least 2 each"),
-        ("2", "--nmb_prototypes 9 9 --epsilon 0", "--epsilon 0.0: must be positive"),
-        ("2", "--nmb_prototypes 9 9 --sinkhorn_tol -1", "--sinkhorn_tol -1.0: must be positive"),
+        ("2", "--nmb_prototypes 12 1", "--nmb_prototypes 12 1: must be at least 2"),
+        ("2", "--nmb_prototypes 9 9 --epsilon 0", "--epsilon 0.0: must be above 0"),
+        ("2", "--nmb_prototypes 9 9 --sinkhorn_tol -1", "--sinkhorn_tol -1.0: must be above 0"),
         ("2", "--hc 3", "--hc: unknown flag"),
-        ("2", "--version 3", "invalid choice"),
+        ("2", "--version 3", "is none of 2, 1"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

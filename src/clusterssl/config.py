@@ -9,26 +9,25 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import inspect
 import itertools
+import math
+import operator
 import os
-import re
 import shlex
 import signal
 import sys
 import textwrap
-import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from clusterssl.errors import EXIT_BAD_INPUT, EXIT_STOPPED, DataGone, Stopped, UserError
+from clusterssl.words import is_flag, reading, such_as, underscored, unknown
 
 C = TypeVar("C")
-
-WORDS = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
-"""of switches"""
+IGNORED = "accepted and ignored"
+"""how the help of a flag begins that does nothing, and that nobody can have meant"""
 
 
 class Size(NamedTuple):
@@ -106,15 +105,15 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, *, description: str =
         default: values of the flags that are not given; `cls()` when None.
 
     Raises:
-        UserError: an unknown flag (with the nearest name), a value of the wrong kind, or values that contradict.
+        UserError: an unknown flag (with the nearest names), a value of the wrong kind, or values that contradict.
     """
-    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     start = cls() if default is None else default
     known = {flag.name: flag for flag in flags(start)}
     parser = _parser(list(known.values()), description)
-    given, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise UserError(_unknown(unknown[0], list(known)))
+    given, left = parser.parse_known_args(words)
+    if left:
+        raise UserError(unknown(left[0], [name for name in known if not known[name].help.startswith(IGNORED)]))
     values = {known[name].path: value for name, value in vars(given).items()}
     return _replace(start, values)
 
@@ -133,9 +132,9 @@ def translate(
     """
     words: list[str] = [f"--{positional}"] if positional and argv and not argv[0].startswith("-") else []
     ignored = False
-    for word in map(_underscored, argv):
+    for word in map(underscored, argv):
         name, equals, value = word.lstrip("-").partition("=")
-        if not _is_flag(word):
+        if not is_flag(word):
             power = word.startswith("-") and bool(words) and words[-1].lstrip("-") in powers
             words += [] if ignored else [f"{10 ** float(word):g}" if power else word]
             continue
@@ -145,14 +144,9 @@ def translate(
     return words
 
 
-def _is_flag(word: str) -> bool:
-    """Whether a word names a flag; -5 and -1e-4 are numbers."""
-    return word.startswith("-") and not re.match(r"-\.?\d", word)
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(" ".join(message.split()))
+        raise UserError(" ".join(message.split()).removeprefix("argument "))
 
 
 def _parser(known: list[Flag], description: str) -> argparse.ArgumentParser:
@@ -162,7 +156,7 @@ def _parser(known: list[Flag], description: str) -> argparse.ArgumentParser:
         place = flag.path[:-1]
         if place not in groups:
             groups[place] = parser.add_argument_group(" ".join(place) or "flags")
-        read, many, choices = _reader(flag.type)
+        read, many, choices = reading(flag.type, flag.default)
         text = f"{flag.help} (default: {_shown(flag.default) or 'none'})".replace("%", "%%")
         groups[place].add_argument(
             f"--{flag.name}", dest=flag.name, type=read, nargs="+" if many else "?" if flag.type is bool else None,
@@ -170,54 +164,6 @@ def _parser(known: list[Flag], description: str) -> argparse.ArgumentParser:
             metavar=None if choices else flag.name.upper(),
         )  # fmt: skip
     return parser
-
-
-def _reader(kind: Any) -> tuple[Callable[[str], Any], bool, tuple[Any, ...] | None]:
-    """How a flag of this type is read: converter of one word, whether it takes a list, and the allowed values."""
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        return _reader(typing.get_args(kind)[0])[0], True, None
-    if origin is Literal:
-        return str, False, typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        inner = next(part for part in typing.get_args(kind) if part is not type(None))
-        return _reader(inner)
-    if kind is bool:
-        return _boolean, False, None
-    if kind is int:
-        return _whole_number, False, None
-    return getattr(kind, "parse", kind), False, None
-
-
-def _boolean(word: str) -> bool:
-    if word.lower() not in WORDS:
-        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
-    return WORDS[word.lower()]
-
-
-def _whole_number(word: str) -> int:
-    """Also reads 1e10, as SwAV's published default of a whole-number flag is written."""
-    try:
-        number = float(word)
-    except ValueError:
-        number = float("nan")
-    if not number.is_integer():
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number")
-    return int(word) if word.lstrip("+-").isdigit() else int(number)
-
-
-def _underscored(word: str) -> str:
-    """`--base-lr=1` as `--base_lr=1`; words that are no flags stay as they are."""
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
-
-
-def _unknown(word: str, names: list[str]) -> str:
-    if not word.startswith("-"):
-        return f"{word!r}: not expected here, flags begin with --; see --help"
-    name = word.lstrip("-").split("=")[0].replace("-", "_")
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"--{name}: unknown flag" + (f"; did you mean --{near[0]}?" if near else "; see --help")
 
 
 def _replace(config: Any, values: dict[tuple[str, ...], Any], prefix: tuple[str, ...] = ()) -> Any:
@@ -234,7 +180,7 @@ def _replace(config: Any, values: dict[tuple[str, ...], Any], prefix: tuple[str,
 def gives(argv: Sequence[str] | None, name: str) -> bool:
     """Whether a command line sets the flag `name` (underscores; hyphens and `=` are understood)."""
     words = sys.argv[1:] if argv is None else argv
-    return any(_underscored(word).partition("=")[0] == f"--{name}" for word in words)
+    return any(underscored(word).partition("=")[0] == f"--{name}" for word in words)
 
 
 def command(script: str, config: Any, base: Any) -> str:
@@ -268,6 +214,34 @@ def require(holds: bool, message: str) -> None:
     """Raise `UserError(message)` unless a condition on the flags holds."""
     if not holds:
         raise UserError(message)
+
+
+def require_numbers(
+    options: Any, *names: str, least: float | None = None, above: float | None = None,
+    most: float | None = None, below: float | None = None,
+) -> None:  # fmt: skip
+    """Raise `UserError` unless these flags of a group, and each entry of those that are lists, lie within bounds.
+
+    A flag that is None is not given. The line shows the default, unless it is a bound itself, as an example.
+    """
+    bounds = [
+        ("at least", least, operator.ge), ("above", above, operator.gt),
+        ("at most", most, operator.le), ("below", below, operator.lt),
+    ]  # fmt: skip
+    asked = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
+
+    def fits(number: float) -> bool:
+        return math.isfinite(number) and all(holds(number, bound) for _, bound, holds in asked)
+
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(options)}
+    for name in names:
+        value, default = getattr(options, name), defaults[name]
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is None or (numbers and all(map(fits, numbers))):
+            continue
+        rule = " and ".join(f"{words} {bound:g}" for words, bound, _ in asked)
+        shows = isinstance(default, (int, float)) and fits(default) and default not in (least, most)
+        raise UserError(f"--{name} {_shown(value)}: must be {rule}" + (f",{such_as(default)}" if shows else ""))
 
 
 def entry(main: Callable[[], None]) -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from clusterssl.config import Size, require
+from clusterssl.config import Size, require, require_numbers
 from clusterssl.mirrors import MirrorOptions
 
 
@@ -57,16 +57,14 @@ class DataOptions:
             len({len(values) for values in lists.values()}) == 1,
             f"{lengths}: the four lists need one value per resolution",
         )
-        require(min(self.nmb_crops) > 0, f"--nmb_crops {self.nmb_crops}: every resolution needs at least one crop")
+        require_numbers(self, "nmb_crops", least=1)
         for low, high in zip(self.min_scale_crops, self.max_scale_crops, strict=True):
             require(0 < low <= high <= 1, f"--min_scale_crops {low} --max_scale_crops {high}: need 0 < min <= max <= 1")
         both = self.cache == "device" and self.decode == "gpu"
         require(not both, "--cache device --decode gpu: images on the device are decoded once; leave --decode away")
-        require(self.workers >= 0, f"--workers {self.workers}: must not be negative")
-        patience = self.data_patience_minutes
-        require(patience >= 0, f"--data_patience_minutes {patience}: must not be negative")
-        share = self.max_bad_fraction
-        require(0 <= share <= 1, f"--max_bad_fraction {share}: must lie between 0 and 1")
+        require_numbers(self, "workers", "data_patience_minutes", least=0)
+        require_numbers(self, "color_jitter", least=0, most=2)
+        require_numbers(self, "color_jitter_p", "gray_p", "blur_p", "flip_p", "max_bad_fraction", least=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,7 @@ class TrunkOptions:
     def __post_init__(self) -> None:
         known = ("pytorch", "apex", "none")
         require(self.sync_bn in known, f"--sync_bn {self.sync_bn}: use pytorch, apex or none")
+        require_numbers(self, "syncbn_process_group_size", least=0)
 
     @property
     def compiled(self) -> bool:
@@ -112,6 +111,11 @@ class ModelOptions(TrunkOptions):
     """hidden width of the projection head; 0: a single linear layer"""
     feat_dim: int = 128
     """dimension of the embedding"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_numbers(self, "hidden_mlp", least=0)
+        require_numbers(self, "feat_dim", least=1)
 
 
 @dataclass(frozen=True)
@@ -146,13 +150,9 @@ class OptimOptions:
     """of the learning rate; only cosine looks at --warmup_epochs, --start_warmup and --final_lr"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
-        require(self.warmup_epochs >= 0, f"--warmup_epochs {self.warmup_epochs}: must not be negative")
-        for name in ("base_lr", "final_lr", "wd", "start_warmup", "clip_grad"):
-            value = getattr(self, name)
-            require(0 <= value < float("inf"), f"--{name} {value}: must be a finite number, 0 or more")
-        require(0 <= self.momentum < 1, f"--momentum {self.momentum}: must be at least 0 and below 1")
+        require_numbers(self, "epochs", "batch_size", "accumulate", least=1)
+        require_numbers(self, "warmup_epochs", "base_lr", "final_lr", "wd", "start_warmup", "clip_grad", least=0)
+        require_numbers(self, "momentum", least=0, below=1)
 
     @property
     def usable_warmup(self) -> int:
@@ -201,13 +201,11 @@ class RunOptions(MirrorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.log_freq > 0, f"--log_freq {self.log_freq}: must be at least 1")
-        require(self.profile >= 0, f"--profile {self.profile}: must not be negative")
-        require(0 <= self.seed < 2**31, f"--seed {self.seed}: must lie between 0 and {2**31 - 1}")
-        require(self.checkpoint_minutes >= 0, f"--checkpoint_minutes {self.checkpoint_minutes}: must not be negative")
-        require(self.hang_minutes >= 0, f"--hang_minutes {self.hang_minutes}: must not be negative")
-        for name in ("timeout_minutes", "join_timeout_seconds"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be positive")
+        require(self.dump_path != "", "--dump_path is empty: name a folder, or leave the flag away for this one")
+        require_numbers(self, "log_freq", least=1)
+        require_numbers(self, "profile", "checkpoint_freq", "checkpoint_minutes", "hang_minutes", least=0)
+        require_numbers(self, "seed", least=0, most=2**31 - 1)
+        require_numbers(self, "timeout_minutes", "join_timeout_seconds", above=0)
 
 
 def num_views(data: DataOptions) -> int:

@@ -13,12 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 from clusterssl import config as cfg
 from clusterssl import options
 from clusterssl.cluster.transport import TransportOptions
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 from clusterssl.data import MEAN, Augment, MultiCrop, resize_for
 from clusterssl.models.build import resolve_stem
 from clusterssl.models.headed import HeadedNet, build_headed
 from clusterssl.models.published import published_arch
 from clusterssl.options import DataOptions, OptimOptions, RunOptions, TrunkOptions
+from clusterssl.words import WORDS
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ImageOptions(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.augs in range(4), f"--augs {self.augs}: there are levels 0 to 3")
+        require_numbers(self, "augs", least=0, most=3)
         require(self.nmb_crops == (1,), "--nmb_crops: SeLa sees one crop of an image; --version 2 compares several")
 
     def multicrop(self) -> MultiCrop:
@@ -87,9 +88,8 @@ class SeLaOptions:
     drops of the learning rate that depend on the number of epochs; without other flags also that variant's settings"""
 
     def __post_init__(self) -> None:
-        for name in ("hc", "ncl", "lamb", "nopts"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be positive")
-        require(self.ncl > 1, "--ncl 1: a head needs at least 2 clusters")
+        require_numbers(self, "ncl", least=2)
+        require_numbers(self, "hc", "lamb", "nopts", above=0)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class StepOptions(OptimOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.lrdrop > 0, f"--lrdrop {self.lrdrop}: must be at least 1")
+        require_numbers(self, "lrdrop", least=1)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def is_version_1(words: Sequence[str]) -> bool:
 def defaults(words: Sequence[str]) -> Config:
     """What flags that a translated command line does not give are."""
     given = _given(words)
-    if "cifar" in given and cfg.WORDS.get((given["cifar"] or ["true"])[0].lower(), True):
+    if "cifar" in given and WORDS.get((given["cifar"] or ["true"])[0].lower(), True):
         return CIFAR
     return Config() if {"data_path", "help", "h"} & set(given) else DIGITS
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from clusterssl import config as cfg
-from clusterssl.config import Size, require
+from clusterssl.config import Size, require, require_numbers
 from clusterssl.data import MEAN, Augment, MultiCrop
 from clusterssl.errors import UserError
 from clusterssl.models.build import resolve_stem
@@ -77,7 +77,8 @@ class NetOptions(ModelOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         words = " ".join(map(str, self.cls_size))
-        require(min(self.cls_size) > 1, f"--cls_size {words}: every classifier needs at least 2 classes")
+        require_numbers(self, "cls_size", least=2)
+        require_numbers(self, "num_hidden", least=0)
         fits = self.num_cls in (0, len(self.cls_size))
         require(fits, f"--num_cls {self.num_cls} --cls_size {words}: give one size for each classifier")
 
@@ -103,7 +104,7 @@ class StepOptions(OptimOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.bbone_wd is None or self.bbone_wd >= 0, f"--bbone_wd {self.bbone_wd}: must not be negative")
+        require_numbers(self, "bbone_wd", least=0)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Groups of parameters for the optimiser."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 from clusterssl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,10 +48,8 @@ class JobOptions:
     """how often a job that meets its time limit goes on"""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "timeout", "cpus", "signal_seconds"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("ngpus", "max_timeouts"):
-            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
+        require_numbers(self, "nodes", "timeout", "cpus", "signal_seconds", least=1)
+        require_numbers(self, "ngpus", "max_timeouts", least=0)
 
     @property
     def tasks(self) -> int:

@@ -105,7 +105,7 @@ def test_order_and_labels_follow_the_clusters() -> None:
     [
         ({"nmb_cluster": 11}, "--nmb_cluster 11: more clusters than the 10 images"),
         ({"clustering": "PIC", "pic_neighbours": 10}, "--pic_neighbours 10: needs more than 10 images, there are 10"),
-        ({"nmb_cluster": 0}, "--nmb_cluster 0: must be positive"),
+        ({"nmb_cluster": 0}, "--nmb_cluster 0: must be at least 2"),
         ({"reassign": -1.0}, "--reassign -1.0"),
         ({"pic_sigma": float("nan")}, "--pic_sigma nan"),
         ({"pca_dim": 0}, "--pca_dim 0"),

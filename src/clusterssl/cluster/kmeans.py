@@ -31,7 +31,7 @@ from clusterssl.cluster.lloyd import BLOCK, Found, Lloyd
 from clusterssl.cluster.nearest import Target, block_rows, import_faiss
 from clusterssl.cluster.rows import GlobalRows
 from clusterssl.cluster.seeding import SAMPLE, plus_plus, random_rows
-from clusterssl.config import require
+from clusterssl.config import require_numbers
 from clusterssl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class KMeansOptions:
     """what searches the nearest centroids"""
 
     def __post_init__(self) -> None:
-        require(self.kmeans_iters > 0, f"--kmeans_iters {self.kmeans_iters}: must be at least 1")
+        require_numbers(self, "kmeans_iters", least=1)
         if self.kmeans_backend == "faiss":
             import_faiss()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from clusterssl import dist
 from clusterssl.cluster.queue import FeatureQueue
 from clusterssl.cluster.sinkhorn import sinkhorn
-from clusterssl.config import require
+from clusterssl.config import require_numbers
 from clusterssl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,9 @@ class AssignmentOptions:
     """first epoch with a queue"""
 
     def __post_init__(self) -> None:
-        require(self.epsilon > 0, f"--epsilon {self.epsilon}: must be positive")
-        require(self.sinkhorn_iterations > 0, "--sinkhorn_iterations: must be at least 1")
-        require(self.queue_length >= 0, f"--queue_length {self.queue_length}: must not be negative")
+        require_numbers(self, "epsilon", above=0)
+        require_numbers(self, "sinkhorn_iterations", least=1)
+        require_numbers(self, "queue_length", "epoch_queue_starts", least=0)
 
 
 REMEDIES = (

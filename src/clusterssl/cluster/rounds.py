@@ -22,7 +22,7 @@ from clusterssl.cluster.balanced import as_published, balanced_order
 from clusterssl.cluster.kmeans import KMeansOptions, euclidean_kmeans
 from clusterssl.cluster.pca import whiten
 from clusterssl.cluster.power_iteration import power_iteration_clustering
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,8 @@ class ClusteringOptions:
     """visit the images that the published loop visits, which are not balanced over clusters"""
 
     def __post_init__(self) -> None:
-        for name in ("nmb_cluster", "pca_dim", "pic_neighbours", "pic_sigma", "reassign"):
-            require(0 < getattr(self, name) < np.inf, f"--{name} {getattr(self, name)}: must be positive")
-        require(self.nmb_cluster > 1, "--nmb_cluster 1: needs at least 2 clusters")
+        require_numbers(self, "nmb_cluster", least=2)
+        require_numbers(self, "pca_dim", "pic_neighbours", "pic_sigma", "reassign", above=0)
 
     def images_per_epoch(self, num_images: int) -> int:
         """Images that are visited between two rounds."""

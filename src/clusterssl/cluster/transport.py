@@ -31,7 +31,7 @@ from clusterssl.cluster.kernel import Kernel, kernel_bytes
 from clusterssl.cluster.plain_iteration import plain_iteration
 from clusterssl.cluster.potentials import Found, quasi_newton
 from clusterssl.cluster.rounding import equal_sizes
-from clusterssl.config import require
+from clusterssl.config import require_numbers
 from clusterssl.rng import Stream, permutation
 
 logger = logging.getLogger(__name__)
@@ -76,10 +76,9 @@ class TransportOptions:
     the features"""
 
     def __post_init__(self) -> None:
-        require(self.sinkhorn_tol > 0, f"--sinkhorn_tol {self.sinkhorn_tol}: must be positive")
-        require(self.sinkhorn_max_iterations > 0, "--sinkhorn_max_iterations: must be at least 1")
-        require(self.sinkhorn_iterations >= 0, "--sinkhorn_iterations: must not be negative")
-        require(self.transport_cache_gb >= 0, "--transport_cache_gb: must not be negative")
+        require_numbers(self, "sinkhorn_tol", above=0)
+        require_numbers(self, "sinkhorn_max_iterations", least=1)
+        require_numbers(self, "sinkhorn_iterations", "transport_cache_gb", least=0)
 
 
 class Plan(NamedTuple):

@@ -60,10 +60,9 @@ class PackOptions:
     """subfolders to pack each by itself; without: all, where train/ and val/ or test/ are among them"""
 
     def __post_init__(self) -> None:
-        cfg.require(self.short_side >= 0, f"--short_side {self.short_side}: must not be negative")
-        cfg.require(1 <= self.quality <= 100, f"--quality {self.quality}: must lie between 1 and 100")
-        cfg.require(self.shard_images > 0, f"--shard_images {self.shard_images}: must be at least 1")
-        cfg.require(self.workers >= 0, f"--workers {self.workers}: must not be negative")
+        cfg.require_numbers(self, "short_side", "workers", least=0)
+        cfg.require_numbers(self, "quality", least=1, most=100)
+        cfg.require_numbers(self, "shard_images", least=1)
 
 
 def pack(source: str | Path, target: str | Path, options: PackOptions = PackOptions()) -> None:

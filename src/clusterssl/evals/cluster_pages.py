@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clusterssl.config import require
+from clusterssl.config import require_numbers
 from clusterssl.data import Source
 from clusterssl.data.evalset import centre_crop
 from clusterssl.errors import UserError
@@ -40,9 +40,8 @@ class PictureOptions:
     """random images of each; clusters with fewer are not shown"""
 
     def __post_init__(self) -> None:
-        require(self.num_classes >= 0, f"--num_classes {self.num_classes}: must not be negative")
-        number = self.num_samples_per_class
-        require(number > 0, f"--num_samples_per_class {number}: must be at least 1")
+        require_numbers(self, "num_classes", least=0)
+        require_numbers(self, "num_samples_per_class", least=1)
 
 
 def write_pages(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 from clusterssl.errors import UserError
 from clusterssl.evals import kmeans
 from clusterssl.evals.cache import Extraction
@@ -63,10 +63,9 @@ class ClusterOptions:
     """images per rank and forward pass"""
 
     def __post_init__(self) -> None:
-        for name in ("kmeans_starts", "batch_size"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
+        require_numbers(self, "kmeans_starts", "batch_size", least=1)
         require(self.cls_num >= -1, f"--cls_num {self.cls_num}: heads are numbered from 0, -1 means all")
-        require(self.kk >= 0, f"--kk {self.kk}: must not be negative")
+        require_numbers(self, "kk", least=0)
         share = self.label_subset
         require(0 <= share <= 100, f"--label_subset {share:g}: a share in percent lies between 0 and 100")
         by_kmeans = bool(self.kmeans_cls or self.kk or self.use_mlp or self.label_list)

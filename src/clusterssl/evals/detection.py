@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clusterssl import dist
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 from clusterssl.data.loader import checked
 from clusterssl.errors import UserError
 from clusterssl.evals import inputs
@@ -72,10 +72,8 @@ class DetectionOptions:
     """of new weights, order, flips, sizes, and of the anchors and proposals that are trained on"""
 
     def __post_init__(self) -> None:
-        for name in ("proposals", "steps", "batch_size", "test_size", "max_size", "checkpoint_every"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
-        require(0 < self.lr < float("inf"), f"--lr {self.lr}: must be a finite number above 0")
-        require(min(self.train_sizes, default=0) > 0, f"--train_sizes {self.train_sizes}: must be above 0")
+        require_numbers(self, "proposals", "steps", "batch_size", "test_size", "max_size", "checkpoint_every", least=1)
+        require_numbers(self, "lr", "train_sizes", above=0)
         require(len(self.voc_years) > 0 and self.warmup >= 0, "--voc_years needs a year, --warmup 0 or more")
 
     @property

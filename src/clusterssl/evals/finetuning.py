@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clusterssl import dist
 from clusterssl.batchnorm import synchronise
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 from clusterssl.data import eval_batches, resize_for
 from clusterssl.evals import classifier as heads
 from clusterssl.evals.features import Unreadable, augmented_steps, tell_left_out, timed
@@ -61,11 +61,8 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         share = self.labels_perc
         require(0 < share <= 100, f"--labels_perc {share:g}: a share in percent lies above 0 and is at most 100")
-        for name in ("epochs", "batch_size"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "lr_last_layer", "gamma", "wd"):
-            value = getattr(self, name)
-            require(0 <= value < float("inf"), f"--{name} {value}: must be a finite number, 0 or more")
+        require_numbers(self, "epochs", "batch_size", least=1)
+        require_numbers(self, "lr", "lr_last_layer", "gamma", "wd", least=0)
 
     def rates(self, epoch: int) -> tuple[float, float]:
         """Learning rates of trunk and classifier in an epoch."""

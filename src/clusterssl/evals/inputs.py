@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from clusterssl import dist, joining
-from clusterssl.config import gives, require
+from clusterssl.config import gives, require, require_numbers
 from clusterssl.data import STD, open_source
 from clusterssl.data.source import Source
 from clusterssl.dist import World
@@ -49,7 +49,7 @@ class NetworkOptions:
     """side of the crops in pixels; 0: the largest crop of the checkpoint's own run if it says, else 224 (digits: 32)"""
 
     def __post_init__(self) -> None:
-        require(self.image_size >= 0, f"--image_size {self.image_size}: must not be negative")
+        require_numbers(self, "image_size", least=0)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class DataOptions:
     """loader processes per rank; at most the number of cores is used, 0 loads in this process"""
 
     def __post_init__(self) -> None:
-        require(self.workers >= 0, f"--workers {self.workers}: must not be negative")
+        require_numbers(self, "workers", least=0)
 
     @property
     def usable_workers(self) -> int:
@@ -91,8 +91,7 @@ class LaunchOptions:
     """accepted and ignored: the launcher says it"""
 
     def __post_init__(self) -> None:
-        seconds = self.join_timeout_seconds
-        require(seconds > 0, f"--join_timeout_seconds {seconds}: must be positive")
+        require_numbers(self, "join_timeout_seconds", above=0)
 
     def join(self) -> World:
         """Join the other ranks as the flags say, and show what is logged."""

@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 from clusterssl.evals.keeping import Features
 from clusterssl.evals.knn import check_flags, knn_accuracy
 from clusterssl.evals.search import memory_mib
@@ -35,7 +35,7 @@ class KnnOptions:
     def __post_init__(self) -> None:
         problem = check_flags(self.nb_knn, self.temperature)
         require(not problem, problem)
-        require(self.batch_size > 0, f"--batch_size {self.batch_size}: must be at least 1")
+        require_numbers(self, "batch_size", least=1)
 
 
 def nearest_neighbours(setup: Setup, options: KnnOptions, labels: LabelOptions) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clusterssl import dist
-from clusterssl.config import require
+from clusterssl.config import require_numbers
 from clusterssl.data.listing import EXTENSIONS
 from clusterssl.data.views import view_batches
 from clusterssl.errors import UserError
@@ -61,11 +61,8 @@ class RetrievalOptions:
     """of the random weights, when there is no --pretrained"""
 
     def __post_init__(self) -> None:
-        for name in ("S", "L", "n_pca"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
-        require(self.gem_p > 0, f"--gem_p {self.gem_p}: must be above 0")
-        require(min(self.scales, default=0) > 0, f"--scales {self.scales}: need factors above 0")
-        require(min(self.ks, default=0) > 0, f"--ks {self.ks}: need numbers above 0")
+        require_numbers(self, "S", "L", "n_pca", least=1)
+        require_numbers(self, "gem_p", "scales", "ks", above=0)
 
 
 class Benchmark:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from clusterssl import dist
-from clusterssl.config import require
+from clusterssl.config import require_numbers
 from clusterssl.errors import UserError
 from clusterssl.evals.average_precision import IGNORED, RULES, class_precisions
 
@@ -37,9 +37,9 @@ class SvmOptions:
     """candidates for the cost of an error; chosen by cross-validation, the middle one where there is one image"""
 
     def __post_init__(self) -> None:
-        require(min(self.svm_shots, default=-1) >= 0, f"--svm_shots {self.svm_shots}: must not be negative")
-        require(self.svm_draws > 0, f"--svm_draws {self.svm_draws}: must be at least 1")
-        require(min(self.svm_costs, default=0) > 0, f"--svm_costs {self.svm_costs}: must be above 0")
+        require_numbers(self, "svm_shots", least=0)
+        require_numbers(self, "svm_draws", least=1)
+        require_numbers(self, "svm_costs", above=0)
 
 
 def svm_table(

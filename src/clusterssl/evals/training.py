@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from clusterssl import dist
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 from clusterssl.dist import World
 from clusterssl.errors import Stopped
 from clusterssl.evals.schedules import epoch_lr, step_lr
@@ -57,11 +57,8 @@ class SgdOptions:
     """learning rate the cosine ends at"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "wd", "gamma", "final_lr"):
-            value = getattr(self, name)
-            require(0 <= value < float("inf"), f"--{name} {value}: must be a finite number, 0 or more")
+        require_numbers(self, "epochs", "batch_size", least=1)
+        require_numbers(self, "lr", "wd", "gamma", "final_lr", least=0)
         require(not (self.lars and self.nesterov), "--lars --nesterov: LARS has plain momentum; leave one away")
 
     def optimizer(self, classifier: nn.Module) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clusterssl import dist
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 from clusterssl.data.views import Cut, view_batches
 from clusterssl.evals import inputs
 from clusterssl.evals.average_precision import IGNORED
@@ -69,9 +69,8 @@ class VocOptions:
     """of new weights, order, crops, dropout and draws of labels"""
 
     def __post_init__(self) -> None:
-        for name in ("nit", "batch_size", "stepsize", "checkpoint_every"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
-        require(0 < self.lr < float("inf"), f"--lr {self.lr}: must be a finite number above 0")
+        require_numbers(self, "nit", "batch_size", "stepsize", "checkpoint_every", least=1)
+        require_numbers(self, "lr", above=0)
         scales = 0 < self.min_scale <= self.max_scale <= 1
         require(scales, f"--min_scale {self.min_scale} --max_scale {self.max_scale}: need 0 < min <= max <= 1")
 

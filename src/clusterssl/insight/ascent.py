@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from clusterssl.config import require
+from clusterssl.config import require_numbers
 from clusterssl.insight.maps import watched
 from clusterssl.rng import Stream, uniform
 
@@ -37,10 +37,8 @@ class AscentOptions:
     """steps between two blurs"""
 
     def __post_init__(self) -> None:
-        for name in ("niter", "lr", "step"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")
-        for name in ("ascent_wd", "sig"):
-            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
+        require_numbers(self, "niter", "lr", "step", above=0)
+        require_numbers(self, "ascent_wd", "sig", least=0)
 
 
 def ascend(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 from clusterssl.data import MEAN, Source, eval_batches, open_source, resize_for
 from clusterssl.dist import World
 from clusterssl.errors import UserError
@@ -78,10 +78,8 @@ class LookOptions:
     """loader processes; at most the number of cores is used"""
 
     def __post_init__(self) -> None:
-        for name in ("filters", "count", "batch_size"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("cls_num", "workers"):
-            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
+        require_numbers(self, "filters", "count", "batch_size", least=1)
+        require_numbers(self, "cls_num", "workers", least=0)
 
 
 class Look:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clusterssl.cluster.kmeans import KMeansOptions, spherical_kmeans
-from clusterssl.config import require
+from clusterssl.config import require_numbers
 from clusterssl.evals.knn import CHUNK, nearest
 from clusterssl.labelling.clusters import block_rows
 from clusterssl.labelling.scan import Rows, Scan
@@ -49,11 +49,9 @@ class NeighbourOptions:
     interquartile ranges"""
 
     def __post_init__(self) -> None:
-        require(self.near_count > 0, f"--near_count {self.near_count}: must be at least 1")
-        require(self.neighbours >= 0, f"--neighbours {self.neighbours}: must not be negative")
-        similarity = self.duplicate_similarity
-        require(0 < similarity <= 1, f"--duplicate_similarity {similarity}: must lie above 0 and be at most 1")
-        require(self.outlier_spread >= 0, f"--outlier_spread {self.outlier_spread}: must not be negative")
+        require_numbers(self, "near_count", least=1)
+        require_numbers(self, "neighbours", "outlier_spread", least=0)
+        require_numbers(self, "duplicate_similarity", above=0, most=1)
 
 
 class Duplicates(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from clusterssl.config import require
+from clusterssl.config import require_numbers
 from clusterssl.data import BadImageError, Source
 from clusterssl.data.evalset import centre_crop
 from clusterssl.evals.clustering import agreement
@@ -37,9 +37,8 @@ class PageOptions:
     """images of each"""
 
     def __post_init__(self) -> None:
-        require(self.num_classes >= 0, f"--num_classes {self.num_classes}: must not be negative")
-        number = self.num_samples_per_class
-        require(number > 0, f"--num_samples_per_class {number}: must be at least 1")
+        require_numbers(self, "num_classes", least=0)
+        require_numbers(self, "num_samples_per_class", least=1)
 
 
 class Clusters:

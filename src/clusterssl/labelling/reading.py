@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 from clusterssl.data import MEAN
 from clusterssl.errors import UserError
 from clusterssl.evals import inputs
@@ -43,9 +43,8 @@ class ReadingOptions:
 
     def __post_init__(self) -> None:
         require(self.cls_num >= 0, f"--cls_num {self.cls_num}: heads are numbered from 0")
-        finite = 0 <= self.temperature < float("inf")
-        require(finite, f"--temperature {self.temperature}: must be a finite number, 0 or more")
-        require(self.batch_size > 0, f"--batch_size {self.batch_size}: must be at least 1")
+        require_numbers(self, "temperature", least=0)
+        require_numbers(self, "batch_size", least=1)
 
 
 class Said(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from clusterssl.config import require
+from clusterssl.config import require, require_numbers
 from clusterssl.data import Source, open_source
 from clusterssl.dist import World
 from clusterssl.errors import UserError
@@ -47,8 +47,7 @@ class FolderOptions:
     """loader processes; at most the number of cores is used, 0 loads in this process"""
 
     def __post_init__(self) -> None:
-        require(self.k >= 0, f"--k {self.k}: must not be negative")
-        require(self.workers >= 0, f"--workers {self.workers}: must not be negative")
+        require_numbers(self, "k", "workers", least=0)
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,9 @@ class Options:
     """folder of measured speeds"""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "bandwidth_gbps"):
-            cfg.require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be positive")
-        for name in ("ngpus", "num_images", "global_batch", "gpu_memory_gb", "latency_us", "local_latency_us"):
-            cfg.require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
+        cfg.require_numbers(self, "nodes", "bandwidth_gbps", above=0)
+        cfg.require_numbers(self, "ngpus", "num_images", "global_batch", "gpu_memory_gb", least=0)
+        cfg.require_numbers(self, "latency_us", "local_latency_us", least=0)
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -73,6 +73,7 @@ def assert_refused(ended: Ended, *words: str) -> None:
         ("--optimizer sdg", ["--optimizer: 'sdg' is none of lars, sgd, adamw; did you mean sgd?"]),
         ("--device gpu", ["--device: 'gpu' is none of auto, cpu, cuda; did you mean cuda?"]),
         ("--amp_dtype float16", ["did you mean fp16?"]),
+        ("--size_crops 16 3", ["--size_crops: --arch conv4w4 cannot take crops of 3x3 (it takes 8 and more)"]),
         ("--feat_dim 0", ["--feat_dim 0: must be at least 1, such as 128"]),
         ("--checkpoint_freq -1", ["--checkpoint_freq -1: must be at least 0, such as 25"]),
         ("--epoch_queue_starts -1", ["--epoch_queue_starts -1"]),

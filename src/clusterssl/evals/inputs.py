@@ -147,7 +147,7 @@ def open_network(
         load_backbone_state(backbone, state, options.pretrained)
     elif dist.rank() == 0:
         logger.warning("warning: no --pretrained, the network is untrained: %s with random weights", arch)
-    check_crop_sizes(backbone, [image_size])
+    check_crop_sizes(backbone, [image_size], "--image_size")
     logger.info("%s, stem %s, images of %dx%d", arch, backbone.stem_name, *image_size)
     backbone.requires_grad_(False)
     return Network(backbone, arch, stem, image_size, fingerprint(backbone), pixel_std(state))

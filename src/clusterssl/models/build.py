@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 STEMS = ("imagenet", "small")
 _SMALL_PIXELS = 64
+_USUAL_SIDES = [4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 288, 384]
+"""of crops, tried when a network cannot take another"""
 
 
 def resolve_stem(stem: str, largest_crop: int) -> str:
@@ -90,28 +92,39 @@ def _colour_backbone(arch: str, stem: str) -> tuple[nn.Module, str]:
 
 
 @torch.no_grad()
-def check_crop_sizes(backbone: nn.Module, sizes: Iterable[tuple[int, int]]) -> None:
-    """Try one blank image of every size, so that a network of fixed input size is refused before the run starts.
+def check_crop_sizes(backbone: nn.Module, sizes: Iterable[tuple[int, int]], flag: str = "--size_crops") -> None:
+    """Try one blank image of every size, so that one that is too small or not of a fixed size is refused before a run.
 
     Args:
         backbone: as `build_backbone` made it; its mode and statistics are left as they are.
         sizes: (height, width) of the crops.
+        flag: that says the sizes.
 
     Raises:
         UserError: the network cannot take a size.
     """
     was_training = backbone.training
     backbone.eval()
-    like = next(backbone.parameters())
     for height, width in dict.fromkeys(sizes):
-        try:
-            backbone(like.new_zeros(1, 3, height, width))
-        except (AssertionError, RuntimeError, ValueError) as error:
+        problem = _refusal(backbone, height, width)
+        if problem:
+            taken = [side for side in _USUAL_SIDES if not _refusal(backbone, side, side)]
+            more = " and more" if len(taken) > 1 and taken == _USUAL_SIDES[-len(taken) :] else ""
+            takes = f"it takes {taken[0] if more else ' or '.join(map(str, taken))}{more}" if taken else problem
             raise UserError(
-                f"--arch {backbone.arch_name} cannot take crops of {height}x{width} ({first_line(error)}); "
-                "change --size_crops or take a network without a fixed input size, as any ResNet"
-            ) from error
+                f"{flag}: --arch {backbone.arch_name} cannot take crops of {height}x{width} ({takes}); "
+                f"change {flag}" + ("" if more else " or take a network for any size, as a ResNet")
+            )
     backbone.train(was_training)
+
+
+def _refusal(backbone: nn.Module, height: int, width: int) -> str:
+    """Why a network fails on images of a size; empty if it does not."""
+    try:
+        backbone(next(backbone.parameters()).new_zeros(1, 3, height, width))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return first_line(error)
+    return ""
 
 
 def _nearest(arch: str) -> str:

@@ -19,6 +19,7 @@ from clusterssl.data import eval_batches, open_source
 from clusterssl.errors import UserError
 from clusterssl.labelling import scan as scanning
 from clusterssl.labelling.reading import Reader
+from clusterssl.models.build import build_backbone
 from clusterssl.models.weights import model_from_weights
 from tests.evals.checkpoints import own_checkpoint
 from tests.evals.logs import restored_logger  # noqa: F401
@@ -109,6 +110,27 @@ def test_what_is_printed_names_what_was_written(tmp_path: Path, capsys: pytest.C
     assert "own.pth.tar: read with its head, which says the clusters" in said
     assert "the network's own clusters: 20 images in" in said
     assert f"duplicates.csv: {about['duplicate_groups']} groups; outliers.csv: {about['outliers']} images" in said
+    assert "left aside" not in said, "the prototypes are what is asked"
+
+
+def test_one_thing_is_not_called_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, colour in enumerate([(200, 10, 10), (200, 10, 10), (0, 0, 250)]):
+        Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
+    words = ["--pretrained", own_checkpoint(tmp_path / "own.pth.tar"), "--images", folder, "--k", 1]
+    about = run(tmp_path / "out", *words, "--duplicate_similarity", 0.9999)
+    assert about["duplicate_groups"] == 1
+    said = capsys.readouterr().out
+    assert "duplicates.csv: 1 group; " in said and "3 images in 1 cluster of 3 to 3." in said
+
+
+def test_what_nobody_uses_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = build_backbone("conv4w4")
+    state = {**backbone.state_dict(), "fc.weight": torch.zeros(7, backbone.feature_dim), "fc.bias": torch.zeros(7)}
+    torch.save(state, tmp_path / "plain.pth")
+    run(tmp_path / "out", "--pretrained", tmp_path / "plain.pth", "--images", "synthetic:20", "--arch", "conv4w4")
+    assert "plain.pth: left aside, not part of the backbone: fc (2 tensors)" in capsys.readouterr().out
 
 
 def test_any_number_of_clusters_by_k_means(tmp_path: Path) -> None:

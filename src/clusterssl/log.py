@@ -46,3 +46,8 @@ def log_to_file(path: Path, world: World) -> None:
         package.addHandler(file)
         for record in early:
             file.handle(record)
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 group`, `2 groups`."""
+    return f"{number} {thing}" + "s" * (number != 1)

@@ -23,7 +23,7 @@ from clusterssl.data import Augment, BadImages, Loader, MultiCrop, Resident, Sou
 from clusterssl.dist import World
 from clusterssl.feed import Feed
 from clusterssl.from_flags import SCHEDULES, PretrainConfig, make_loader
-from clusterssl.log import log_to_screen
+from clusterssl.log import counted, log_to_screen
 from clusterssl.method import Method
 from clusterssl.models.build import MultiCropNet, build_model, resolve_stem
 from clusterssl.optim import build_optimizer
@@ -192,9 +192,10 @@ def _tell(config: PretrainConfig, loader: Loader, model: nn.Module, world: World
     ranks = f"{world.size} ranks ({world.launcher})" if world.size > 1 else "alone"
     logger.info("%s, %.1f M parameters, on %s, %s", config.model.arch, parameters, world.device, ranks)
     logger.info(
-        "%d images from %s, %d crop%s each, %d images a step, %d steps an epoch, %d epochs; run directory %s",
-        len(loader.source), config.data.data_path, num_views(config.data), "s" * (num_views(config.data) > 1),
-        loader.global_batch, loader.batches_per_epoch, config.optim.epochs, config.run.dump_path,
+        "%d images from %s, %s each, %s a step, %s an epoch, %s; run directory %s",
+        len(loader.source), config.data.data_path, counted(num_views(config.data), "crop"),
+        counted(loader.global_batch, "image"), counted(loader.batches_per_epoch, "step"),
+        counted(config.optim.epochs, "epoch"), config.run.dump_path,
     )  # fmt: skip
     optim = config.optim
     if optim.usable_warmup != optim.warmup_epochs:

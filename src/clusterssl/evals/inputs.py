@@ -112,10 +112,12 @@ class Network:
     """of all weights and statistics, to recognise the same network"""
     std: tuple[float, float, float] = STD
     """of the pixels in 0..1 by channel, as the network was trained"""
+    left_aside: tuple[str, ...] = ()
+    """names in the checkpoint that are not of the backbone"""
 
 
 def open_network(
-    options: NetworkOptions, *, data_path: str, seed: int, argv: Sequence[str] | None = None
+    options: NetworkOptions, *, data_path: str, seed: int, argv: Sequence[str] | None = None, tell: bool = True
 ) -> Network:  # fmt: skip
     """Build the backbone and load its weights, strictly.
 
@@ -125,6 +127,7 @@ def open_network(
         seed: of the weights, when there is no checkpoint.
         argv: command line, that of this process when None; --arch and --stem give way to what the checkpoint says
             unless it sets them.
+        tell: log what of the checkpoint is left aside; the caller does otherwise, who may use it.
 
     Raises:
         UserError: unreadable or unfitting checkpoint, unknown architecture, or a flag that contradicts the checkpoint.
@@ -143,14 +146,15 @@ def open_network(
     stem = _agreed("stem", fallback, look.stem if look else None, given, meta, options.pretrained)
     torch.manual_seed(seed)
     backbone = build_backbone(arch, stem)
+    aside: list[str] = []
     if state:
-        load_backbone_state(backbone, state, options.pretrained)
+        aside = load_backbone_state(backbone, state, options.pretrained, tell=tell)
     elif dist.rank() == 0:
         logger.warning("warning: no --pretrained, the network is untrained: %s with random weights", arch)
     check_crop_sizes(backbone, [image_size], "--image_size")
     logger.info("%s, stem %s, images of %dx%d", arch, backbone.stem_name, *image_size)
     backbone.requires_grad_(False)
-    return Network(backbone, arch, stem, image_size, fingerprint(backbone), pixel_std(state))
+    return Network(backbone, arch, stem, image_size, fingerprint(backbone), pixel_std(state), tuple(aside))
 
 
 def require_alone(world: World, script: str) -> None:

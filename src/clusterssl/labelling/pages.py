@@ -17,6 +17,7 @@ from clusterssl.evals.clustering import agreement
 from clusterssl.evals.gallery import mostly
 from clusterssl.labelling.clusters import Labels
 from clusterssl.labelling.neighbourhood import Duplicates, Outliers
+from clusterssl.log import counted
 from clusterssl.report import Gallery, Strip, Table, strip
 from clusterssl.report.page import write_page
 
@@ -128,7 +129,9 @@ def write_clusters_page(
         strips = tuple(
             (word, f"Duplicates, {word}", thumbnails(source, part)) for word, part in zip(words, shown, strict=True)
         )
-        galleries.append(Gallery("Duplicates", strips, f"{len(copies.groups)} groups, listed in duplicates.csv.", True))
+        galleries.append(
+            Gallery("Duplicates", strips, f"{counted(len(copies.groups), 'group')}, listed in duplicates.csv.", True)
+        )
     if odd is not None and len(odd.positions_O) and options.num_classes:
         part = odd.positions_O[: 2 * options.num_samples_per_class]
         word = f"the {len(part)} farthest of {len(odd.positions_O)}"

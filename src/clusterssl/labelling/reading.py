@@ -20,7 +20,7 @@ from clusterssl.evals import inputs
 from clusterssl.evals.setup import Embedding
 from clusterssl.models.headed import HeadedNet
 from clusterssl.models.network import Network
-from clusterssl.models.weights import model_from_weights
+from clusterssl.models.weights import model_from_weights, tell_left_aside
 
 logger = logging.getLogger(__name__)
 
@@ -134,13 +134,15 @@ def open_reader(
     Raises:
         UserError: see `inputs.open_network` and `Reader`; there is no such head.
     """
-    opened = inputs.open_network(flags, data_path="", seed=seed)
+    opened = inputs.open_network(flags, data_path="", seed=seed, tell=False)
     network, number = _whole(flags.pretrained, options, opened)
     head = options.cls_num if number else None
     if head is not None and head >= number:
         raise UserError(f"--cls_num {head}: this network has heads 0 to {number - 1}; choose one of them")
     if head is not None:
         logger.info("%s: read with its head, which says the clusters", flags.pretrained)
+    elif network is None:
+        tell_left_aside(opened.left_aside, flags.pretrained)
     return Reader(opened.backbone, network, head, options, opened.std).to(device), opened
 
 

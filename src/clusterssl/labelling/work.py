@@ -25,6 +25,7 @@ from clusterssl.labelling.pages import PageOptions
 from clusterssl.labelling.pseudo import export_labels
 from clusterssl.labelling.reading import Reader, ReadingOptions, open_reader
 from clusterssl.labelling.scan import Scan, facts_of
+from clusterssl.log import counted
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,8 @@ def write_results(
     atomic_write(out / "assign.json", lambda file: file.write((json.dumps(about, indent=1) + "\n").encode()))
     logger.info("%s", lead)
     if copies is not None and odd is not None:
-        logger.info("duplicates.csv: %d groups; outliers.csv: %d images", len(copies.groups), len(odd.positions_O))
+        groups, alone = counted(len(copies.groups), "group"), counted(len(odd.positions_O), "image")
+        logger.info("duplicates.csv: %s; outliers.csv: %s", groups, alone)
     for path in ("labels.csv", "clusters.html"):
         logger.info("written: %s", out / path)
 
@@ -166,8 +168,8 @@ def _cluster_rows(seen: pages.Clusters) -> Iterator[tuple[Any, ...]]:
 def _lead(labels: Labels, seen: pages.Clusters, scan: Scan) -> str:
     unreadable = f", {len(scan.bad)} more could not be read" if scan.bad else ""
     return (
-        f"{labels.title}: {len(labels.positions_N)} images in {len(seen.ids)} clusters of {seen.sizes.min()} to "
-        f"{seen.sizes.max()}{unreadable}."
+        f"{labels.title}: {counted(len(labels.positions_N), 'image')} in {counted(len(seen.ids), 'cluster')} of "
+        f"{seen.sizes.min()} to {seen.sizes.max()}{unreadable}."
     )
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -91,19 +91,26 @@ def load_backbone(backbone: nn.Module, path_or_url: str) -> list[str]:
     return load_backbone_state(backbone, state, str(path_or_url))
 
 
-def load_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], where: str = "checkpoint") -> list[str]:
-    """As `load_backbone`, from a flat state dict."""
+def load_backbone_state(
+    backbone: nn.Module, state: Mapping[str, Tensor], where: str = "checkpoint", *, tell: bool = True
+) -> list[str]:  # fmt: skip
+    """As `load_backbone`, from a flat state dict; what is left aside is not logged if `tell` is false."""
     classifier = str(getattr(backbone, "classifier_name", "") or "fc")
     extra = [name for name in state if head_part(name) or name.startswith((classifier + ".", "fc."))]
     extra = [name for name in extra if name not in backbone.state_dict()]
     trunk = {name: tensor for name, tensor in state.items() if name not in set(extra)}
     _compare(trunk, backbone.state_dict(), where)
     backbone.load_state_dict(trunk, strict=False)
-    if extra:
-        parts = dict.fromkeys(head_part(name) or name.rpartition(".")[0] for name in extra)
-        told = f"{listed(parts)} ({len(extra)} tensors)"
-        logger.info("%s: left aside, not part of the backbone: %s", where, told)
+    if tell:
+        tell_left_aside(extra, where)
     return extra
+
+
+def tell_left_aside(names: Sequence[str], where: str) -> None:
+    """Log which parts of a checkpoint nobody uses, if there are any."""
+    if names:
+        parts = dict.fromkeys(head_part(name) or name.rpartition(".")[0] for name in names)
+        logger.info("%s: left aside, not part of the backbone: %s (%d tensors)", where, listed(parts), len(names))
 
 
 def init_model(model: Network, path_or_url: str) -> list[str]:

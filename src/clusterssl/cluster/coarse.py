@@ -98,9 +98,10 @@ def candidates(x_nD: Tensor, given: Coarse, space: Workspace) -> tuple[Tensor, T
         rounded_nD = torch.cat([rounded_nD, rounded_nD.new_ones(len(x_nD), extra)], dim=1)
     scores_nK = torch.mm(rounded_nD, given.centroids_KD.T, out=space.scores_nK[: len(x_nD)])
     bits_nK = scores_nK.view(torch.int16).numpy()
-    if not (bits_nK.max(1) > 0).all():
-        _turn_negative(bits_nK)
-    best_n = torch.from_numpy(_turn_negative(bits_nK.max(1))).view(torch.bfloat16).float()
+    high_n = bits_nK.max(1)
+    if not (high_n > 0).all():
+        high_n = _turn_negative(bits_nK).max(1)
+    best_n = torch.from_numpy(_turn_negative(high_n)).view(torch.bfloat16).float()
     least_n = best_n - 2 * bound_n - best_n.abs() * _OF_OUTPUT
     floor_n = _turn_negative(least_n.bfloat16().view(torch.int16).numpy()) - 1
     flat = np.flatnonzero(np.greater_equal(bits_nK, floor_n[:, None], out=space.mask_nK[: len(x_nD)]))

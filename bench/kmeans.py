@@ -187,11 +187,12 @@ def summary(result: dict[str, Any]) -> Summary:
         judged.append(BARS["written"].judge(result["written"]))
     data = "rows around 2000 centres" if options["data"] == "groups" else "rows without any clusters"
     where = count(options["threads"], "thread") if on_cpu else "GPU"
+    often = "measured once" if options["repeats"] == 1 else f"medians of {options['repeats']}"
     return Summary(
         "How long does an iteration of spherical k-means take, and how good are the clusters?",
         f"ours; published loop, faiss; {options['rows']:,} rows, K = {options['clusters']:,}",
         f"{options['rows']:,} x {options['dim']}, {data}, K = {options['clusters']:,}, {options['iterations']} "
-        f"iterations, {where}; medians of {options['repeats']}.",
+        f"iterations, {where}; {often}.",
         [Table(("", "an iteration", "over ours", "CPU time", "over ours", "inertia over ours"), rows)],
         judged,
     )

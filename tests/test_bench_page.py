@@ -171,6 +171,9 @@ def test_what_was_not_measured_is_not_judged(names: dict[str, Any]) -> None:
     search = committed("knn", names)
     search["result"].pop("memory", None)
     assert len(verdicts(names, "knn", search)) == 1
+    alone = names["read"](BENCH / "results" / "recipes_images64_cpu-epyc2.json")
+    alone["result"]["means"] = {"ours": alone["result"]["means"]["ours"]}
+    assert verdicts(names, "recipes_images64_cpu", alone) == [("53.5 %", "")]
     crowded = committed("loader", names)
     crowded["result"]["cores"] = 1
     assert verdicts(names, "loader", crowded)[0] == ("1.00 x", "met"), "more workers than cores do not count"

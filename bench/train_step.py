@@ -242,14 +242,16 @@ def summary(result: dict[str, Any]) -> Summary:
     ]  # fmt: skip
     crops = " + ".join(f"{n} x {side}" for n, side in zip(options["nmb_crops"], options["size_crops"], strict=True))
     threads = count(options["threads"], "thread") if options["threads"] else "all cores"
+    how = ", ".join([options.get("method", "swav"), options["arch"], f"{crops} px", f"{options['batch_size']} images",
+                     *(name for name in ("compile", "cuda_graphs") if options.get(name))])  # fmt: skip
+    peers = ", ".join(name for name in found if name not in ("ours", "augmentation alone"))
     return Summary(
         "How much of what the hardware allows does a training step reach, and how long do others' steps take?",
-        f"ours; bare network, plain eager step, lightly; {options['arch']}, {crops} px",
-        f"{options['arch']}, {crops} px, {options['batch_size']} images, "
-        f"{threads if options['device'] == 'cpu' else 'GPU'}; medians of {options['repeats']} (quartiles).",
+        f"ours; {peers}; {how}",
+        f"{how}; {threads if options['device'] == 'cpu' else 'GPU'}; medians of {options['repeats']} (quartiles).",
         [Table(("", "a step", "over ours", "images/s", *(["memory"] if "gib" in result else [])), rows)],
         judged(result),
-        '"bare" is forward and backward pass without loss, optimiser or augmentation.',
+        '"bare" is forward and backward pass without loss, optimiser or augmentation; "eager" the published step.',
     )
 
 

@@ -144,6 +144,11 @@ def test_a_gpu_is_held_to_its_own_bars(names: dict[str, Any]) -> None:
     step["result"] |= {"gib": dict.fromkeys(step["result"]["steps"], 1.5), "never_waits": False}
     found = verdicts(names, "train_step", step)
     assert found == [("80.0 %", "missed"), ("1.30 x", "met"), ("1", "missed"), ("5.00 %", "met")]
+    step["result"]["options"] |= {"method": "sela", "cuda_graphs": True}
+    del step["result"]["steps"]["eager"]
+    alone = names["told"]("train_step", step)
+    assert alone.compared == "ours; bare, lightly; sela, resnet18, 2 x 224 + 6 x 96 px, 32 images, cuda_graphs"
+    assert [line.verdict for line in alone.lines] == ["missed", "missed", "met"]
     scores = committed("sinkhorn", names, device="cuda", iterations=3)
     scores["result"]["rows"] = scores["result"]["rows"][:1]
     seconds = scores["result"]["rows"][0]["seconds"]

@@ -21,7 +21,7 @@ from clusterssl.errors import UserError
 from clusterssl.report import Gallery, read_run, write_report
 from clusterssl.report.pictures import largest_cluster
 from clusterssl.report.state import state
-from clusterssl.report.watch import server
+from clusterssl.report.watch import present, server
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,10 +45,12 @@ def clusters_of(runs: Sequence[Path]) -> list[Gallery]:
 
 
 def watch(runs: Sequence[Path], port: int, seen: Sequence[Path]) -> None:
-    """Serve the page of runs that still train, with clusters of those in `seen`."""
+    """Serve the page of runs that still train or will begin, with clusters of those in `seen`."""
     from clusterssl.growing import Growing  # with torch, which takes seconds to import
 
     with Growing(seen) as growing, server(runs, port, pictures=growing.now) as serving:
+        for run in present(runs)[1]:
+            print(f"{run}: no run yet, the page waits for it")
         print(f"http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)", flush=True)
         serving.serve_forever()
 

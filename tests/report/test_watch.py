@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import pytest
 from clusterssl.errors import UserError
 from clusterssl.report import Gallery
 from clusterssl.report.watch import server
+from tests.launch import Launched
 from tests.report.runs import write_lines, write_run
 
 
@@ -61,9 +64,56 @@ def test_pictures_are_asked_for_with_every_page(tmp_path: Path) -> None:
             assert words in page and ("Largest clusters" in page) is there
 
 
+def test_runs_that_have_not_begun_are_waited_for(tmp_path: Path) -> None:
+    late, empty = tmp_path / "late <b>", tmp_path / "empty"
+    empty.mkdir()
+    (empty / "slurm-1.out").write_text("begins soon")
+    with served(late, empty) as address:
+        with urllib.request.urlopen(address) as answer:
+            page = answer.read().decode()
+        assert answer.status == 200 and '<meta http-equiv="refresh" content="7">' in page
+        assert "waits for it" in page and "late &lt;b&gt;: no such run directory" in page and "slurm-1.out" in page
+        shutil.rmtree(empty)
+        write_run(empty)
+        with urllib.request.urlopen(address) as answer:
+            page = answer.read().decode()
+        assert "44% below ln K" in page and "Not there yet: " in page and "late &lt;b&gt;" in page
+        write_run(late)
+        with urllib.request.urlopen(address) as answer:
+            assert "Not there yet" not in answer.read().decode()
+
+
+def test_head_is_get_without_the_body(tmp_path: Path) -> None:
+    with served(write_run(tmp_path / "run")) as address:
+        with urllib.request.urlopen(address) as answer:
+            headers, length = dict(answer.headers), len(answer.read())
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD")) as answer:
+            assert answer.status == 200 and answer.read() == b""
+            assert answer.headers["Content-Type"] == headers["Content-Type"] == "text/html; charset=utf-8"
+            assert int(answer.headers["Content-Length"]) > 0.9 * length
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(urllib.request.Request(address + "run.json", method="HEAD"))
+
+
+def test_report_waits_for_a_run_that_has_not_begun(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launched = Launched("report.py", str(run), "--watch")
+    process, end = launched.processes[0], time.monotonic() + 120
+    while "http://" not in process.texts[0] and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    address = process.texts[0].split("http://")[1].split()[0]
+    write_run(run)
+    with urllib.request.urlopen(f"http://{address}") as answer:
+        assert "44% below ln K" in answer.read().decode()
+    launched.send(signal.SIGINT)
+    codes, printed = launched.wait()
+    assert codes == [130] and f"{run}: no run yet, the page waits for it" in printed.splitlines()
+
+
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such run directory"):
-        server([tmp_path / "none"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: a file; give the folder"):
+        server([tmp_path / "file"])
     first = server([write_run(tmp_path / "run")])
     with first, pytest.raises(UserError, match=r"--port .*: cannot be used"):
         server([tmp_path / "run"], first.server_port)

@@ -155,7 +155,7 @@ def test_a_record_of_another_program_is_refused(swav, tmp_path: Path) -> None:
 
 def test_a_run_shorter_than_the_warm_up_says_what_it_does(swav) -> None:
     ended = swav("--batch_size", "16", "--epochs", "1", "--warmup_epochs", "10")
-    assert ended.code == 0 and "--warmup_epochs 10: as long as the run or longer, using 0" in ended.out
+    assert ended.code == 0 and "--warmup_epochs 10: as long as the run or longer, using a tenth of it" in ended.out
 
 
 def test_a_malicious_checkpoint_in_the_run_folder_is_refused(swav, tmp_path: Path) -> None:

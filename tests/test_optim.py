@@ -158,7 +158,7 @@ def test_each_gradient_is_clipped_by_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "warmup"), [(1, 10), (9, 10), (10, 10), (11, 10), (30, 10), (1, 1), (5, 0), (25, 25)]
+    ("epochs", "warmup"), [(1, 10), (9, 10), (10, 10), (11, 10), (30, 10), (1, 1), (5, 0), (25, 25), (2, 3), (3, 3)]
 )
 def test_no_run_ends_at_its_highest_rate(epochs: int, warmup: int) -> None:
     usable = OptimOptions(epochs=epochs, warmup_epochs=warmup).usable_warmup
@@ -167,4 +167,6 @@ def test_no_run_ends_at_its_highest_rate(epochs: int, warmup: int) -> None:
         for step in range(20 * epochs)
     ]
     assert max(rates) == 1.0 and rates[-1] < 0.01
-    assert rates.index(1.0) <= 20 * min(warmup, epochs / 10 if warmup >= epochs else warmup)
+    asked = 20 * warmup if warmup < epochs else 2 * epochs
+    assert rates.index(1.0) == max(asked - 1, 0), "the last step of the warm-up, or the first of all without one"
+    assert all(rate < 1 for rate in rates[: max(asked - 1, 0)])

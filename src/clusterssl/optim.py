@@ -160,7 +160,7 @@ def decay_groups(model: nn.Module, *, no_bias_wd: bool = False, bbone_wd: float 
 
 
 def warmup_cosine(
-    step: int, *, steps_per_epoch: int, epochs: int, warmup_epochs: int, start: float, base: float, final: float
+    step: int, *, steps_per_epoch: int, epochs: int, warmup_epochs: float, start: float, base: float, final: float
 ) -> float:
     """Learning rate of one optimiser step (SwAV, appendix A).
 
@@ -171,13 +171,13 @@ def warmup_cosine(
         step: optimiser step from 0.
         steps_per_epoch: steps of one epoch.
         epochs: of the whole run, warm-up included.
-        warmup_epochs: of the linear part.
+        warmup_epochs: of the linear part; a part of an epoch is rounded to steps.
         start: rate of the first step when there is a warm-up.
         base: highest rate.
         final: rate the cosine ends at.
     """
-    warmup = steps_per_epoch * warmup_epochs
+    warmup = round(steps_per_epoch * warmup_epochs)
     if step < warmup:
         return start + (base - start) * step / (warmup - 1) if warmup > 1 else start
-    total = steps_per_epoch * (epochs - warmup_epochs)
+    total = steps_per_epoch * epochs - warmup
     return final + (base - final) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(total, 1)))

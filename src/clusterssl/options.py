@@ -139,7 +139,7 @@ class OptimOptions:
     wd: float = 1e-6
     """weight decay"""
     warmup_epochs: int = 10
-    """epochs of linear warm-up; a run that is no longer than that warms up for a tenth of its epochs"""
+    """epochs of linear warm-up; a run that is no longer than that warms up for the first tenth of its steps"""
     start_warmup: float = 0.0
     """learning rate at the start of the warm-up"""
     clip_grad: float = 0.0
@@ -155,9 +155,9 @@ class OptimOptions:
         require_numbers(self, "momentum", least=0, below=1)
 
     @property
-    def usable_warmup(self) -> int:
+    def usable_warmup(self) -> float:
         """Epochs of warm-up; a tenth of a run that would end in the warm-up asked for, at the highest rate."""
-        return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs // 10
+        return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs / 10
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,9 @@ def _tell(config: PretrainConfig, loader: Loader, model: nn.Module, world: World
     optim = config.optim
     if optim.usable_warmup != optim.warmup_epochs:
         logger.info(
-            "--warmup_epochs %d: as long as the run or longer, using %d", optim.warmup_epochs, optim.usable_warmup
+            "--warmup_epochs %d: as long as the run or longer, using a tenth of it, %g epochs",
+            optim.warmup_epochs,
+            optim.usable_warmup,
         )
     cores = os.cpu_count() or 1
     if config.data.workers > cores:

@@ -59,11 +59,15 @@ def test_many_ranks_measure_what_one_does() -> None:
 
 @pytest.mark.parametrize("loss", [math.log(10), 5.0])
 def test_a_collapse_of_heads_of_different_size_is_seen_at_their_mean_ln_k(loss: float) -> None:
-    watch = Monitor(patience=1)
+    watch = Monitor(patience=1, least_steps=0)
     seen = Observation(embeddings(), torch.randn(60, 10), torch.full((60, 10), 0.1), ln_k=5.0)
     watch.observe(seen)
     assert watch.measure(loss, seen)["ln_k"] == 5
     assert bool(watch.verdict) == (loss == 5)
+    said = (
+        "5.000, the mean over the heads, assignments of one head are nearly uniform (entropy 2.30 of its ln K = 2.30)"
+    )
+    assert loss != 5 or f"loss 5.000 at ln K = {said}" in watch.verdict
 
 
 def test_occupancy_counts_each_epoch_anew() -> None:
@@ -76,12 +80,13 @@ def test_occupancy_counts_each_epoch_anew() -> None:
     assert numbers["dead_share"] == pytest.approx(1 / 3), "the window of logged steps is not the epoch's"
 
 
-def judged(loss: float, z: torch.Tensor, epsilon: float, times: int = 3) -> str:
+def judged(loss: float, z: torch.Tensor, epsilon: float, times: int = 3, every: int = 10) -> str:
     watch = Monitor("try --epsilon")
     scores = z @ F.normalize(embeddings(20)).T
     seen = Observation(z, scores, sinkhorn(scores, epsilon, 3))
     for _ in range(times):
-        watch.observe(seen)
+        for _ in range(every):
+            watch.observe(seen)
         watch.measure(loss, seen)
     return watch.verdict
 
@@ -102,6 +107,8 @@ def test_verdict_needs_evidence_loss_at_ln_k_and_patience() -> None:
     assert "nearly equal" in judged(math.log(20), one_direction, 0.05)
     assert judged(math.log(20), one_direction, 0.05, times=2) == ""
     assert judged(math.log(20) * 0.9, one_direction, 0.05) == ""
+    assert judged(math.log(20), one_direction, 0.05, times=20, every=1) == "", "20 steps from the first suspicion on"
+    assert judged(math.log(20), one_direction, 0.05, times=21, every=1) != ""
     assert judged(math.log(20), embeddings(), 0.05) == ""
     assert judged(math.log(20), one_direction, 0.05).endswith("try --epsilon")
 
@@ -127,6 +134,15 @@ def test_assignments_that_get_sharper_again_are_no_collapse() -> None:
         watch._judge(math.log(20), {"ln_k": math.log(20), "entropy": math.log(20) * (0.999 - 0.011 * number),
                                     "feature_std": 0.5, "rankme": 5.0}, math.log(20))  # fmt: skip
     assert watch.verdict == ""
+
+
+def test_a_loss_that_passes_ln_k_on_its_way_down_is_no_collapse(tmp_path: Path) -> None:
+    """Self-Classifier begins above ln K, and its embeddings narrow while it passes; every step is logged."""
+    flags = ["--epochs", "3", "--log_freq", "1", "--seed", "32", "--dump_path", str(tmp_path)]
+    codes, printed = Launched("main_selfclassifier.py", *flags).wait()
+    assert codes == [0] and "collapse" not in printed, printed
+    at_ln_k = [record for record in metrics(tmp_path) if abs(record.get("loss", 0) / record.get("ln_k", 1) - 1) < 0.02]
+    assert len(at_ln_k) > 3 and metrics(tmp_path)[-1]["epoch_end"] == 2
 
 
 COLLAPSING = [

@@ -101,16 +101,18 @@ def perplexity(counts_K: Tensor) -> float:
 class Monitor:
     """Computes the health numbers at logged steps and names a collapse once.
 
-    A run is called collapsed when, at `patience` logged steps in a row, its loss sits at ln K, the loss of guessing,
-    and the embeddings are (nearly) one direction, or the assignments say (nearly) nothing or ever less than at the
-    first logged step, and do not get any sharper. Untrained networks begin at an entropy of about 0.85 ln K with
-    epsilon 0.05 and 0.67 ln K with 0.03; learning lowers it, collapsing raises it.
+    A run is called collapsed when, at `patience` logged steps in a row and over at least `least_steps` steps, its loss
+    sits at ln K, the loss of guessing, and the embeddings are (nearly) one direction, or the assignments say (nearly)
+    nothing or ever less than at the first logged step, and do not get any sharper. Untrained networks begin at an
+    entropy of about 0.85 ln K with epsilon 0.05 and 0.67 ln K with 0.03; learning lowers it, collapsing raises it. A
+    loss that begins above ln K passes it on its way down within few steps, hence `least_steps`.
     """
 
-    def __init__(self, remedies: str = "", *, patience: int = 3) -> None:
-        self.remedies, self.patience = remedies, patience
+    def __init__(self, remedies: str = "", *, patience: int = 3, least_steps: int = 20) -> None:
+        self.remedies, self.patience, self.least_steps = remedies, patience, least_steps
         self.verdict = ""
         self._suspect = 0
+        self._suspect_steps = 0
         self._first_suspected = 0.0
         self._untrained: float | None = None
         self._window = Occupancy()
@@ -118,6 +120,7 @@ class Monitor:
 
     def observe(self, seen: Observation) -> None:
         """Every step: count prototypes."""
+        self._suspect_steps += 1
         self._window.add(seen.scores_NK)
         self._epoch.add(seen.scores_NK)
 
@@ -150,6 +153,7 @@ class Monitor:
         return {
             "verdict": self.verdict,
             "suspect": self._suspect,
+            "suspect_steps": self._suspect_steps,
             "first_suspected": self._first_suspected,
             "untrained": self._untrained,
             "occupancy": [] if counts_K is None else counts_K.tolist(),
@@ -158,6 +162,7 @@ class Monitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.verdict, self._suspect = state["verdict"], state["suspect"]
+        self._suspect_steps = state.get("suspect_steps", self.least_steps)  # of a checkpoint that does not say it
         self._first_suspected, self._untrained = state["first_suspected"], state["untrained"]
         if state["occupancy"]:
             self._epoch.carry(torch.tensor(state["occupancy"]))
@@ -170,9 +175,9 @@ class Monitor:
         if not evidence or recovering:
             self._suspect = 0
         if evidence and self._suspect == 0:
-            self._first_suspected = numbers["entropy"]
+            self._first_suspected, self._suspect_steps = numbers["entropy"], 0
         self._suspect += bool(evidence)
-        if self._suspect < self.patience or self.verdict:
+        if self._suspect < self.patience or self._suspect_steps < self.least_steps or self.verdict:
             return
         self.verdict = f"collapse: {evidence}. {self.remedies}".strip()
         if dist.rank() == 0:  # all ranks see the same
@@ -182,16 +187,18 @@ class Monitor:
 def _evidence(loss: float, numbers: dict[str, float], untrained: float, ln_k: float) -> str:
     """What speaks for a collapse at this step, in words; empty when nothing does. `ln_k` is of the entropy's head."""
     guessing = numbers["ln_k"]
+    one_size = math.isclose(guessing, ln_k)
+    whose, own, mean = ("", "ln K", "") if one_size else (" of one head", "its ln K", ", the mean over the heads")
     found = []
     if numbers["feature_std"] < 0.1:
         found.append(f"embeddings are nearly equal (standard deviation {numbers['feature_std']:.3f} of 1)")
     if numbers["rankme"] < 1.5:
         found.append(f"embeddings span {numbers['rankme']:.1f} directions")
     if numbers["entropy"] > 0.95 * ln_k:
-        found.append(f"assignments are nearly uniform (entropy {numbers['entropy']:.2f} of ln K = {ln_k:.2f})")
+        found.append(f"assignments{whose} are nearly uniform (entropy {numbers['entropy']:.2f} of {own} = {ln_k:.2f})")
     elif numbers["entropy"] > max(0.88 * ln_k, untrained + 0.04 * ln_k):
         found.append(
-            f"assignments grow uniform (entropy {untrained:.2f} -> {numbers['entropy']:.2f}, ln K = {ln_k:.2f})"
+            f"assignments{whose} grow uniform (entropy {untrained:.2f} -> {numbers['entropy']:.2f}, {own} = {ln_k:.2f})"
         )
     stuck = abs(loss - guessing) < 0.02 * guessing
-    return f"loss {loss:.3f} at ln K = {guessing:.3f}, " + ", ".join(found) if found and stuck else ""
+    return f"loss {loss:.3f} at ln K = {guessing:.3f}{mean}, " + ", ".join(found) if found and stuck else ""

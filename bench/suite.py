@@ -83,7 +83,7 @@ class Options:
     folder: str = "runs/bench"
     """where the results and their page go, from the root of the repository"""
     hardware: str = ""
-    """name of this machine in the names of the results, NAME-HARDWARE.json; "": NAME.json"""
+    """name of this machine in the names of the results, NAME-HARDWARE.json; "": NAME.json, NAME-gpu.json with --gpu"""
     gpu: bool = False
     """what needs a GPU instead, in the order in which it tells most; a call without --only takes an hour or more"""
     only: tuple[str, ...] = ()
@@ -106,7 +106,8 @@ class Options:
 
 def result_of(name: str, options: Options) -> Path:
     """File of a result."""
-    return ROOT / options.folder / (f"{name}-{options.hardware}.json" if options.hardware else f"{name}.json")
+    hardware = options.hardware or ("gpu" if options.gpu else "")
+    return ROOT / options.folder / (f"{name}-{hardware}.json" if hardware else f"{name}.json")
 
 
 def words_of(name: str, options: Options) -> list[str]:

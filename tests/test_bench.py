@@ -135,7 +135,7 @@ def test_the_suite_asks_for_what_the_benches_accept(
         module = script(ROOT / path)
         monkeypatch.setattr(sys, "argv", [path, *words])
         asked = sys.modules["record"].options_of(module.Options, "")
-        assert asked.out == str(ROOT / "runs" / "bench" / f"{name}.json")
+        assert asked.out == str(ROOT / "runs" / "bench" / (f"{name}-gpu.json" if gpu else f"{name}.json"))
         assert not gpu or getattr(asked, "device", "auto") != "cpu"
         assert name not in suite.PHOTOGRAPHS or asked.data_path == "photos"
 

@@ -53,7 +53,7 @@ def write_result(path: Path, result: dict[str, Any], summary: Callable[[dict[str
             continue
     git = [
         subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
-        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno", "--", ".", ":!bench/results"))
+        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!*.md"))
     ]
     about = {
         "date": datetime.now(timezone.utc).date().isoformat(),

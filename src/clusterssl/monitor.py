@@ -188,17 +188,16 @@ def _evidence(loss: float, numbers: dict[str, float], untrained: float, ln_k: fl
     """What speaks for a collapse at this step, in words; empty when nothing does. `ln_k` is of the entropy's head."""
     guessing = numbers["ln_k"]
     one_size = math.isclose(guessing, ln_k)
-    whose, own, mean = ("", "ln K", "") if one_size else (" of one head", "its ln K", ", the mean over the heads")
+    whose, mean = ("", "") if one_size else (" of one head", ", the mean over the heads")
+    of_all = f"of ln K = {ln_k:.2f}" if one_size else f"of its ln K = {ln_k:.2f}"
     found = []
     if numbers["feature_std"] < 0.1:
         found.append(f"embeddings are nearly equal (standard deviation {numbers['feature_std']:.3f} of 1)")
     if numbers["rankme"] < 1.5:
         found.append(f"embeddings span {numbers['rankme']:.1f} directions")
     if numbers["entropy"] > 0.95 * ln_k:
-        found.append(f"assignments{whose} are nearly uniform (entropy {numbers['entropy']:.2f} of {own} = {ln_k:.2f})")
+        found.append(f"assignments{whose} are nearly uniform (entropy {numbers['entropy']:.2f} {of_all})")
     elif numbers["entropy"] > max(0.88 * ln_k, untrained + 0.04 * ln_k):
-        found.append(
-            f"assignments{whose} grow uniform (entropy {untrained:.2f} -> {numbers['entropy']:.2f}, {own} = {ln_k:.2f})"
-        )
+        found.append(f"assignments{whose} grow uniform (entropy {untrained:.2f} -> {numbers['entropy']:.2f} {of_all})")
     stuck = abs(loss - guessing) < 0.02 * guessing
     return f"loss {loss:.3f} at ln K = {guessing:.3f}{mean}, " + ", ".join(found) if found and stuck else ""

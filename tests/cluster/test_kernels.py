@@ -19,7 +19,7 @@ from tests.launch import ROOT
 
 @pytest.mark.parametrize("name", ["nearest", "sinkhorn"])
 def test_by_the_interpreter(name: str) -> None:
-    pytest.importorskip("triton", reason="comes with PyTorch for CUDA")
+    pytest.importorskip("triton")  # comes with PyTorch for CUDA
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/cluster/interpreted_{name}.py"]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, CENTROIDS, DIMENSIONS = 128, 128, 32
-"""of a tile"""
+ROWS, CENTROIDS, DIMENSIONS = 128, 128, 16
+"""of a tile; larger ones do not fit into the registers of Hopper GPUs"""
 
 
 @triton.jit
@@ -55,6 +55,6 @@ def nearest_by_kernel(x_ND: Tensor, centroids_KD: Tensor, offset_K: Tensor | Non
     if len(x_ND):
         _search[(triton.cdiv(len(x_ND), ROWS),)](
             x_ND, centroids_KD, centroids_KD if offset_K is None else offset_K, label_N, *x_ND.shape[:1],
-            *centroids_KD.shape, offset_K is not None, ROWS, CENTROIDS, DIMENSIONS, num_warps=8,
+            *centroids_KD.shape, offset_K is not None, ROWS, CENTROIDS, DIMENSIONS, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return label_N

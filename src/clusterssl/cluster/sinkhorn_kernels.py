@@ -68,7 +68,7 @@ class ByKernels:
         self.programs = max(1, min(triton.cdiv(self.rows, _ROWS_EACH), _PROGRAMS))
         self._grid = (self.programs, problems)
         self._part_APK = plan_ANK.new_empty(problems, self.programs, self.prototypes)
-        self._words = {"COLUMNS": triton.next_power_of_2(self.prototypes), "num_warps": 8}
+        self._words = {"COLUMNS": triton.next_power_of_2(self.prototypes), "num_warps": 8, "enable_fp_fusion": True}
 
     def start(self, scores_ANK: Tensor, shift: float, scale: float) -> Tensor:
         """plan = 2^((scores - shift) scale), and its sums over this rank's rows [A, K]."""

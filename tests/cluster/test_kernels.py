@@ -27,6 +27,36 @@ def test_by_the_interpreter(name: str) -> None:
     assert re.search(r"(\d+) passed", done.stdout) and "skipped" not in done.stdout
 
 
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_compiles_for_gpus_that_are_not_here(capability: int) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from clusterssl.cluster import nearest_kernel, sinkhorn_kernels
+
+    tile = {name: getattr(nearest_kernel, name) for name in ("ROWS", "CENTROIDS", "DIMENSIONS")}
+    cases = [(nearest_kernel._search, {"OFFSETS": offsets, **tile}) for offsets in (False, True)]
+    passes = (sinkhorn_kernels._start, sinkhorn_kernels._sweep, sinkhorn_kernels._finish)
+    cases += [(kernel, {"COLUMNS": columns}) for kernel in passes for columns in (1, 4096, 2**14)]
+    for kernel, constants in cases:
+        types = {name: "constexpr" if name in constants else type_of(name) for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+        options = {"num_warps": 8, "enable_fp_fusion": True}
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert made.metadata.shared <= 96 * 1024, "a multiprocessor has no more"
+        assert "st.local" not in made.asm["ptx"], "the compiler keeps an array out of registers"
+
+
+def type_of(argument: str) -> str:
+    """Triton's word for the type of a kernel's argument, by its name."""
+    if argument.startswith("label_"):
+        return "*i64"
+    if "_" in argument:
+        return "*fp32"
+    return "fp32" if argument in ("shift", "scale", "tiny") else "i32"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows, clusters, dim", [(1000, 257, 128), (70_000, 3000, 128), (5000, 1000, 2048)])
 @pytest.mark.parametrize("euclidean", [False, True])

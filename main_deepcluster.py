@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+import clusterssl.early  # noqa: F401
 
 import torch
 import torch.nn.functional as F

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+import clusterssl.early  # noqa: F401
 
 import torch
 from torch import Tensor, nn

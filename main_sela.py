@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+import clusterssl.early  # noqa: F401
 
 import torch
 from torch import Tensor, nn

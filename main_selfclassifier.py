@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+import clusterssl.early  # noqa: F401
 
 import torch
 from torch import Tensor, nn

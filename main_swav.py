@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+import clusterssl.early  # noqa: F401
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +86,9 @@ def swapped_prediction(scores_NK: Tensor, q_ABK: Tensor, assigned: Sequence[int]
         temperature: of the softmax.
     """
     log_p_VBK = (scores_NK.float() / temperature).log_softmax(1).unflatten(0, (-1, q_ABK.shape[1]))
-    others = log_p_VBK.shape[0] - 1
     all_views_BK = log_p_VBK.sum(0)
     losses = [-(q_BK * (all_views_BK - log_p_VBK[a])).sum() for a, q_BK in zip(assigned, q_ABK, strict=True)]
-    return torch.stack(losses).mean() / (others * q_ABK.shape[1])
+    return torch.stack(losses).mean() / ((len(log_p_VBK) - 1) * q_ABK.shape[1])
 
 
 class SwAV(Method):

@@ -22,7 +22,8 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from clusterssl.errors import EXIT_BAD_INPUT, EXIT_STOPPED, DataGone, Stopped, UserError
+from clusterssl import early
+from clusterssl.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, DataGone, Stopped, UserError
 from clusterssl.words import is_flag, reading, such_as, underscored, unknown
 
 C = TypeVar("C")
@@ -252,6 +253,7 @@ def entry(main: Callable[[], None]) -> NoReturn:
     Signals that would ask a training to stop are ignored until there is one; by default they would kill.
     """
     code = 0
+    early.over()
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.SIG_IGN)
@@ -265,5 +267,5 @@ def entry(main: Callable[[], None]) -> NoReturn:
         code = EXIT_STOPPED
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)  # noqa: PTH119
-        code = 130
+        code = EXIT_INTERRUPTED
     sys.exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells report a Ctrl-C
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again, the run can be resumed
 
 

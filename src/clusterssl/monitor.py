@@ -187,17 +187,16 @@ class Monitor:
 def _evidence(loss: float, numbers: dict[str, float], untrained: float, ln_k: float) -> str:
     """What speaks for a collapse at this step, in words; empty when nothing does. `ln_k` is of the entropy's head."""
     guessing = numbers["ln_k"]
-    one_size = math.isclose(guessing, ln_k)
-    whose, mean = ("", "") if one_size else (" of one head", ", the mean over the heads")
-    of_all = f"of ln K = {ln_k:.2f}" if one_size else f"of its ln K = {ln_k:.2f}"
+    mean, there = ("", "") if math.isclose(guessing, ln_k) else (", the mean over the heads", "in one head ")
     found = []
     if numbers["feature_std"] < 0.1:
         found.append(f"embeddings are nearly equal (standard deviation {numbers['feature_std']:.3f} of 1)")
     if numbers["rankme"] < 1.5:
         found.append(f"embeddings span {numbers['rankme']:.1f} directions")
-    if numbers["entropy"] > 0.95 * ln_k:
-        found.append(f"assignments{whose} are nearly uniform (entropy {numbers['entropy']:.2f} {of_all})")
-    elif numbers["entropy"] > max(0.88 * ln_k, untrained + 0.04 * ln_k):
-        found.append(f"assignments{whose} grow uniform (entropy {untrained:.2f} -> {numbers['entropy']:.2f} {of_all})")
+    now = numbers["entropy"]
+    if now > 0.95 * ln_k:
+        found.append(there + f"assignments are nearly uniform (entropy {now:.2f} of ln K = {ln_k:.2f})")
+    elif now > max(0.88 * ln_k, untrained + 0.04 * ln_k):
+        found.append(there + f"assignments grow uniform (entropy {untrained:.2f} -> {now:.2f}, ln K = {ln_k:.2f})")
     stuck = abs(loss - guessing) < 0.02 * guessing
     return f"loss {loss:.3f} at ln K = {guessing:.3f}{mean}, " + ", ".join(found) if found and stuck else ""

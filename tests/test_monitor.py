@@ -64,9 +64,7 @@ def test_a_collapse_of_heads_of_different_size_is_seen_at_their_mean_ln_k(loss: 
     watch.observe(seen)
     assert watch.measure(loss, seen)["ln_k"] == 5
     assert bool(watch.verdict) == (loss == 5)
-    said = (
-        "5.000, the mean over the heads, assignments of one head are nearly uniform (entropy 2.30 of its ln K = 2.30)"
-    )
+    said = "5.000, the mean over the heads, in one head assignments are nearly uniform (entropy 2.30 of ln K = 2.30)"
     assert loss != 5 or f"loss 5.000 at ln K = {said}" in watch.verdict
 
 

@@ -28,7 +28,14 @@ class Parser(argparse.ArgumentParser):
     """Bad flags end like all bad input."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message.removeprefix("argument "))
+
+
+def port(word: str) -> int:
+    """The number of a port."""
+    if not word.isdecimal() or int(word) > 65535:
+        raise argparse.ArgumentTypeError(f"{word!r} is no port; give a number up to 65535, or leave the flag away")
+    return int(word)
 
 
 def clusters_of(runs: Sequence[Path]) -> list[Gallery]:
@@ -64,8 +71,7 @@ def main() -> None:
     parser.add_argument("--watch", action="store_true", help="serve the growing page to this machine, until Ctrl-C")
     parser.add_argument(
         "--port",
-        type=int,
-        choices=range(65536),
+        type=port,
         metavar="PORT",
         default=0,
         help="of --watch (default: any that is free)",

@@ -192,7 +192,7 @@ def test_bad_input_is_told(tree: Path, tmp_path: Path, packed: Path) -> None:
     (tree / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(UserError, match=r"gone\.png: cannot be packed \(No such file"):
         pack(tree, tmp_path / "other", FIVE)
-    with pytest.raises(UserError, match="must lie between 1 and 100"):
+    with pytest.raises(UserError, match="must be at least 1 and at most 100"):
         PackOptions(quality=0)
     record = json.loads((packed / "pack.json").read_text())
     (packed / "index.npz").write_bytes(b"torn")

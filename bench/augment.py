@@ -21,6 +21,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
+from gpu import IN_A_ROW
 from photos import folder_of_photos
 from record import options_of, write_result
 from summary import Bar, Line, Summary, against, count, quantity
@@ -102,7 +103,9 @@ def batch_of(options: Options) -> Batch:
     with folder_of_photos(options.data_path) as folder:
         source = open_source(folder)
         keys = [(number // len(source), number % len(source)) for number in range(options.images)]
-        return MultiCropDataset(source, multicrop, seed=0).__getitems__(keys)
+        batch = MultiCropDataset(source, multicrop, seed=0).__getitems__(keys)
+    pinned = options.device == "cuda"  # as in training
+    return batch._replace(crops=[x.pin_memory() for x in batch.crops]) if pinned else batch
 
 
 def systems(batch: Batch, device: str) -> dict[str, System]:
@@ -148,7 +151,9 @@ def main() -> None:
     keep_freed_memory()
     batch = batch_of(options)
     with torch.no_grad():
-        found = in_turns(systems(batch, options.device), options.repeats)
+        found = in_turns(
+            systems(batch, options.device), options.repeats, in_a_row=IN_A_ROW if options.device == "cuda" else 1
+        )
     table = {}
     for name, one in found.items():
         ms = {key: 1e3 * value / options.images for key, value in one._asdict().items()}

@@ -35,6 +35,7 @@ from summary import GPU, Bar, Summary, Table, count, duration, times
 from torch import Tensor
 
 from clusterssl import config as cfg
+from clusterssl.cluster import nearest
 from clusterssl.cluster.kmeans import KMeansOptions, spherical_kmeans
 from clusterssl.cluster.nearest import Target, search_torch
 
@@ -99,6 +100,15 @@ def ours(x_ND: Tensor, centroids_KD: Tensor, iterations: int, backend: Literal["
     return spherical_kmeans(x_ND, centroids_KD, options).centroids_KD
 
 
+def by_products(x_ND: Tensor, centroids_KD: Tensor, iterations: int) -> Tensor:
+    """Ours without the kernel that writes no scores: matrix products and a search for their maxima, by blocks."""
+    before, nearest.for_kernels = nearest.for_kernels, lambda *_: False
+    try:
+        return ours(x_ND, centroids_KD, iterations)
+    finally:
+        nearest.for_kernels = before
+
+
 def faiss_kmeans(x_ND: Tensor, centroids_KD: Tensor, iterations: int) -> Tensor:
     """Centroids by faiss.Kmeans."""
     import faiss
@@ -114,6 +124,8 @@ def faiss_kmeans(x_ND: Tensor, centroids_KD: Tensor, iterations: int) -> Tensor:
 def systems(options: Options) -> dict[str, Callable[[Tensor, Tensor, int], Tensor]]:
     """What is compared; faiss where it is installed."""
     found: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"ours": ours, "published": published}
+    if options.device == "cuda":
+        found["ours by products"] = by_products
     with contextlib.suppress(ImportError):
         import faiss
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
+from gpu import IN_A_ROW
 from record import options_of, write_result
 from summary import Bar, Line, Summary, against, count, times
 from timing import in_turns
@@ -87,7 +88,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     steps = {name: make(parameters(options)).step for name, make in optimizers().items()}
-    taken = in_turns(steps, options.repeats, warmup=2)
+    taken = in_turns(steps, options.repeats, warmup=2, in_a_row=IN_A_ROW if options.device == "cuda" else 1)
     floor, found = taken["SGD foreach"], {}
     for name, time in taken.items():
         found[name] = {**time._asdict(), "over_sgd": time.median / floor.median, "cpu_over_sgd": time.cpu / floor.cpu}

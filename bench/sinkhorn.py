@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 import torch.nn.functional as F
-from gpu import kernels
+from gpu import IN_A_ROW, kernels
 from ranks import on_ranks
 from record import options_of, write_result
 from summary import GPU, Bar, Line, Summary, Table, count, duration, spread, times
@@ -39,10 +39,17 @@ from clusterssl.pretrain import keep_freed_memory
 
 System = Callable[[Tensor, float, int], Tensor]
 COPY = "copying the scores"
+CACHE = 64 * 2**20
+"""bytes, more than a GPU's last cache has"""
 BARS = {
     "every": Bar("published form's time over ours, least of all sizes", 2.2),
     "small": Bar("published form's time over ours, least up to B = 2048", 3.5),
-    "floor": Bar("time on a GPU over that of reading the scores 2 x iterations + 2 times", 1.5, most=True, needs=GPU),
+    "floor": Bar(
+        "time on a GPU over that of reading scores that its cache cannot hold 2 x iterations + 2 times",
+        1.5,
+        most=True,
+        needs=GPU,
+    ),
     "launches": Bar("numbers of launches on a GPU that occur over all B", 1, "", most=True, needs=GPU),
 }
 
@@ -135,7 +142,8 @@ def measure(options: Options, rows: int) -> dict[str, dict[str, float]]:
         calls[name] = partial(_run, system, options)
     if options.device == "cuda":
         calls[COPY] = torch.clone
-    return {name: one._asdict() for name, one in in_turns(calls, options.repeats, 2, given.clone).items()}
+    row = IN_A_ROW if options.device == "cuda" else 1
+    return {name: one._asdict() for name, one in in_turns(calls, options.repeats, 2, given.clone, row).items()}
 
 
 def _run(system: Callable[[Tensor, float, int], Any], options: Options, scores_ABK: Tensor) -> Any:
@@ -155,11 +163,11 @@ def judged(options: dict[str, Any], rows: list[dict[str, Any]]) -> list[Line]:
     if options["device"] == "cuda":
         reads = 2 * options["iterations"] + 2
         found = {row["batch"]: row["seconds"]["ours"]["median"] / (reads * row["seconds"][COPY]["median"] / 2)
-                 for row in rows}  # fmt: skip
-        worst = max(found, key=lambda batch: found[batch])
+                 for row in rows if 4 * options["crops"] * row["batch"] * options["prototypes"] > CACHE}  # fmt: skip
         launched = {row["launches"] for row in rows if "launches" in row}
-        return [BARS["floor"].judge(found[worst], f"B = {worst}"),
-                BARS["launches"].judge(len(launched), f"{', '.join(map(str, sorted(launched)))} launches")]  # fmt: skip
+        if found:
+            lines.append(BARS["floor"].judge(*max((ratio, f"B = {batch}") for batch, ratio in found.items())))
+        return [*lines, BARS["launches"].judge(len(launched), f"{', '.join(map(str, sorted(launched)))} launches")]
     for key, most in (("every", max(row["batch"] for row in rows)), ("small", 2048)):
         if of_size := [row for row in rows if row["batch"] <= most]:
             least = min(of_size, key=lambda row: row["published_over_ours"])

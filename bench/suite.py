@@ -11,6 +11,7 @@ Benches of photographs are left out, with a line, where neither --data_path nor 
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -48,7 +49,10 @@ BENCHES = {
 PHOTOGRAPHS = ("data_path", "augment", "loader")
 LARGE = "--device cuda --arch resnet50 --size_crops 224 96 --nmb_crops 2 6 --repeats 10"
 ON_GPU = {
-    "tests": "-m pytest -q -m gpu tests",
+    "tests": "-m pytest -q -p no:cacheprovider -m gpu tests/cluster/test_kernels.py tests/data/test_devicecrops.py "
+             "tests/data/test_devicedecode.py tests/data/test_fused.py tests/data/test_resident.py "
+             "tests/test_auto_batch.py tests/test_snapshot.py tests/test_waits.py",
+    "test_runs": "-m pytest -q -p no:cacheprovider -m gpu tests/test_gpu_runs.py",
     "train_step": "--device cuda --batch_size 512 --repeats 20",
     "train_step_compiled": "--device cuda --batch_size 512 --repeats 20 --compile true",
     "train_step_cuda_graphs": "--device cuda --batch_size 512 --repeats 20 --cuda_graphs true",
@@ -65,14 +69,14 @@ ON_GPU = {
     "augment": "--device cuda --images 256 --repeats 20",
     "lars": "--device cuda --repeats 50",
     "saves": "--device cuda --batch 64 --side 224 --repeats 2",
-    "resident": "--device cuda --batches 200 --repeats 3",
+    "resident": "--device cuda --workers 1 4 8 16 --batches 200 --repeats 3",
     "loader": "--workers 1 2 4 8 16 --batches 30 --repeats 3",
-    "time_to_accuracy": "--piece_minutes 8",
+    "time_to_accuracy": "--piece_minutes 5",
     "profile": "main_swav.py --data_path synthetic:4096:256x256 --arch resnet50 --batch_size 256 --epochs 2 "
                "--compile true --profile 10 --report false --dump_path runs/profile",
 }  # fmt: skip
-"""by how much they tell: whether it runs, what a step costs, its parts, whole runs; no call takes ten minutes"""
-COMMANDS = ("tests", "profile")
+"""by how much they tell: whether it runs, what a step costs, its parts, whole runs"""
+COMMANDS = ("tests", "test_runs", "profile")
 """that leave no result"""
 
 
@@ -125,6 +129,8 @@ def run(name: str, options: Options) -> bool:
     """One bench; whether it ended well."""
     words = words_of(name, options)
     print(f"\n=== python {' '.join(words)}\n", flush=True)
+    if name == "profile":
+        shutil.rmtree(ROOT / "runs" / "profile", ignore_errors=True)  # a run that has ended is not profiled again
     began = time.monotonic()
     code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
     print(

@@ -25,24 +25,31 @@ class Spread(NamedTuple):
 
 
 def in_turns(
-    calls: Mapping[str, Callable[..., Any]], repeats: int, warmup: int = 1, fresh: Callable[[], Any] | None = None
+    calls: Mapping[str, Callable[..., Any]],
+    repeats: int,
+    warmup: int = 1,
+    fresh: Callable[[], Any] | None = None,
+    in_a_row: int = 1,
 ) -> dict[str, Spread]:
     """Seconds of each call over `repeats` rounds in which every call has one turn, after `warmup` rounds untimed.
 
     Every call is handed what `fresh` returns, made outside the time measured. The order turns round by round, so that
-    no call always follows the same other; ranks begin every call together.
+    no call always follows the same other; ranks begin every call together. A turn has so many calls in a row, of which
+    the mean counts: a GPU is at work on one while the host prepares the next, as in training.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(warmup + repeats):
         for name in names if turn % 2 else reversed(names):
-            handed = () if fresh is None else (fresh(),)
+            handed = [() if fresh is None else (fresh(),) for _ in range(in_a_row)]
             _settle()
             began, worked = time.perf_counter(), time.process_time()
-            calls[name](*handed)
+            for given in handed:
+                calls[name](*given)
             _settle(meet=False)
             if turn >= warmup:
-                seconds[name].append((time.perf_counter() - began, time.process_time() - worked))
+                taken = time.perf_counter() - began, time.process_time() - worked
+                seconds[name].append((taken[0] / in_a_row, taken[1] / in_a_row))
     return {name: _spread(times) for name, times in seconds.items()}
 
 

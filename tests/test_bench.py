@@ -140,6 +140,13 @@ def test_the_suite_asks_for_what_the_benches_accept(
         assert name not in suite.PHOTOGRAPHS or asked.data_path == "photos"
 
 
+def test_the_suite_runs_every_test_that_needs_a_gpu(script: Callable[[Path], Any]) -> None:
+    asked = script(BENCH / "suite.py").ON_GPU
+    named = {word for name in ("tests", "test_runs") for word in asked[name].split() if word.endswith(".py")}
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
+    assert named == {str(path.relative_to(ROOT)) for path in marked} - {"tests/test_bench.py"}
+
+
 def test_what_the_suite_profiles_is_a_training_as_it_runs(script: Callable[[Path], Any]) -> None:
     path, *words = script(BENCH / "suite.py").ON_GPU["profile"].split()
     asked = read_script(ROOT / path, words, 1, 1).config

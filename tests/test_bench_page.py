@@ -150,7 +150,7 @@ def test_a_gpu_is_held_to_its_own_bars(names: dict[str, Any]) -> None:
     assert alone.compared == "ours; bare, lightly; sela, resnet18, 2 x 224 + 6 x 96 px, 32 images, cuda_graphs"
     assert [line.verdict for line in alone.lines] == ["missed", "missed", "met"]
     scores = committed("sinkhorn", names, device="cuda", iterations=3)
-    scores["result"]["rows"] = scores["result"]["rows"][:1]
+    scores["result"]["rows"] = [row for row in scores["result"]["rows"] if row["batch"] == 8192][:1]
     seconds = scores["result"]["rows"][0]["seconds"]
     seconds["copying the scores"] = {**seconds["ours"], "median": seconds["ours"]["median"] / 5}
     scores["result"]["rows"][0]["launches"] = 12

@@ -10,7 +10,6 @@ import logging
 
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 
 from clusterssl.dist import World
 from clusterssl.errors import UserError
@@ -76,6 +75,8 @@ _told: set[str] = set()
 
 
 def _tell_breaks(*_: object) -> None:
+    from torch._dynamo.utils import counters  # which takes seconds to import
+
     for reason in counters["graph_break"]:
         line = " ".join(str(reason).split())
         if line not in _told:

@@ -49,6 +49,8 @@ class Feed:
     """called on all ranks together before a run is stopped between two steps"""
     part: Callable[[str], AbstractContextManager[Any]] = unprofiled
     """context of a named part of a step, see `profiling`"""
+    _copies: Any = None
+    """the GPU's stream for copies, once there is one"""
 
     @property
     def num_images(self) -> int:
@@ -92,10 +94,24 @@ class Feed:
     def crops(self, batch: Batch) -> Crops:
         """The augmented crops of a batch, on the device."""
         with self.part("copy"):
-            moved = [crop.to(self.world.device, non_blocking=True) for crop in batch.crops]
+            moved = self._moved(batch.crops)
         with self.part("augmentation"):
             crops = self.augment(moved, batch.params, self.world.device)
             return [crop.contiguous(memory_format=self.layout) for crop in crops]
+
+    def _moved(self, crops: Crops) -> Crops:
+        """Crops on the device; a GPU copies them while it still computes the step before."""
+        if self.world.device.type != "cuda":
+            return [crop.to(self.world.device, non_blocking=True) for crop in crops]
+        computes = torch.cuda.current_stream(self.world.device)
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.world.device)
+        with torch.cuda.stream(self._copies):
+            moved = [crop.to(self.world.device, non_blocking=True) for crop in crops]
+        computes.wait_stream(self._copies)
+        for crop in moved:
+            crop.record_stream(computes)
+        return moved
 
     def augmented(self, epoch: int) -> Iterator[tuple[Crops, Tensor]]:
         """One pass over this rank's (micro-)batches in the shuffled order of `epoch`, with its crops and augmentation.

@@ -27,7 +27,6 @@ class Step:
     def __call__(self, step: int, batches: list[Batch]) -> Tensor:
         """Learn from the images of step `step`, counted from 0; the mean loss, on the device and not waited for."""
         parts, part = self.parts, self.feed.part
-        torch.compiler.cudagraph_mark_step_begin()  # with --cuda_graphs: what the step before gave may be written over
         rate = parts.schedule.learning_rate(step)
         for group in parts.optimizer.param_groups:
             group["lr"] = rate

@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 @pytest.fixture(autouse=True)
 def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
-    monkeypatch.setattr(module, "for_kernels", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(module, "for_kernels", lambda device, dtype: dtype == torch.float32)
     monkeypatch.setattr(module, "ByOperations", None)
 
 
@@ -60,7 +60,7 @@ def test_what_a_kernel_cannot_take_goes_by_operations(monkeypatch: pytest.Monkey
 def shares(rank: int, world_size: int) -> np.ndarray:
     """A rank's part of a problem that is not shared equally, one rank has nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "for_kernels", lambda x: True)
+        patch.setattr(module, "for_kernels", lambda *_: True)
         mine = cosines(13, 20).split([8, 5, 0])[rank]
         assert dist.size() == world_size
         return sinkhorn(mine.contiguous(), 0.05, 3, bound=1.0).numpy()

@@ -6,12 +6,11 @@ import functools
 import importlib.util
 
 import torch
-from torch import Tensor
 
 
-def for_kernels(x: Tensor) -> bool:
+def for_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """float32 on a GPU with TensorFloat-32 units (Ampere and later), and Triton is there to compile for it."""
-    return x.is_cuda and x.dtype == torch.float32 and _compiles_for(x.device)
+    return device.type == "cuda" and dtype == torch.float32 and _compiles_for(device)
 
 
 @functools.cache

@@ -142,7 +142,7 @@ class Kernel:
     def _exponents(self, span: slice, potentials_K: Tensor, out_nK: Tensor) -> Tensor:
         """sharpness * logits + potentials_K of a block."""
         sharpness = self.sharpness
-        x_nD, shift_K = self.features_ND[span].to(self.device, self.dtype), potentials_K.to(self.device)
+        x_nD, shift_K = self.features_ND[span].to(self.device).to(self.dtype), potentials_K.to(self.device)
         if self.weight_KD is None:
             return torch.add(shift_K.to(x_nD), x_nD, alpha=sharpness, out=out_nK)
         if self.bias_K is not None:

@@ -27,6 +27,7 @@ from clusterssl import dist, pulse
 from clusterssl.cluster.coarse import ELEMENTS, FEWEST
 from clusterssl.cluster.cores import MOST
 from clusterssl.cluster.empty import fill_empty, split_largest
+from clusterssl.cluster.gpu import for_kernels
 from clusterssl.cluster.lloyd import BLOCK, Found, Lloyd
 from clusterssl.cluster.nearest import Target, block_rows, import_faiss
 from clusterssl.cluster.rows import GlobalRows
@@ -130,8 +131,9 @@ def memory_estimate(
     block = min(block_rows(clusters, device), rows)
     cores = min(torch.get_num_threads(), MOST) if device.type == "cpu" else 1
     rounded = 3 * max(ELEMENTS, FEWEST * clusters) if device.type == "cpu" else 0
-    selected = min(BLOCK, rows) * dim * (4 * number_bytes + 8)
-    of_core = block * clusters * number_bytes + rounded + selected + clusters * dim * 16 + 2**23
+    selected = min(BLOCK if device.type == "cpu" else block, rows) * dim * (4 * number_bytes + 8)
+    scores = 0 if for_kernels(device, torch.float32) else block * clusters * number_bytes
+    of_core = scores + rounded + selected + clusters * dim * 16 + 2**23
     centroids = (clusters + 1) * (dim + 1) * (32 + 6 * number_bytes)
     sample = SAMPLE * clusters * dim * number_bytes if init == "kmeans++" else 0
     return cores * of_core + centroids + sample + rows * (2 * 8 + 2 * (8 + number_bytes) + number_bytes + 10 * 8)

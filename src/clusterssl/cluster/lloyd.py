@@ -70,7 +70,8 @@ class Lloyd:
         counts_K = torch.bincount(self.labels_N, minlength=clusters)
         if learn:
             self._add_up(changed_K)
-        score_sum = sum(part.double().sum() for part in self.scores_N.split(BLOCK))
+        part = BLOCK if self.scores_N.device.type == "cpu" else 2**24
+        score_sum = sum(scores_n.double().sum() for scores_n in self.scores_N.split(part))
         facts = torch.cat([counts_K.double(), counts_K.new_full((1,), 0).double() + score_sum])
         packed = dist.all_reduce_(torch.cat([facts, self.sums_KD.flatten()]) if learn else facts)
         sums_KD = packed[clusters + 1 :].view_as(self.sums_KD) if learn else self.sums_KD
@@ -103,7 +104,7 @@ class Lloyd:
         """Rows of a share in parts; large ones on a GPU, which waits for the host at each."""
         on_cpu = self.x_ND.device.type == "cpu"
         assert self.centroids_KD is not None
-        size = BLOCK if on_cpu else block_rows(len(self.centroids_KD), self.x_ND.device)
+        size = BLOCK if on_cpu else block_rows(len(self.centroids_KD), self.x_ND.device, self.x_ND.dtype)
         return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
 
     def _on_cores(self, of_share: Callable[[int, int], Tensor]) -> list[Tensor]:

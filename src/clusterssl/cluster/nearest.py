@@ -52,23 +52,25 @@ Search = Callable[[Tensor, Target], Found]
 
 _SCORES_CPU, _SCORES_GPU = 2**20, 2**27
 _FAISS_ROWS = 2**16
-_KERNEL_ROWS = 2**20
+_KERNEL_ROWS = 2**18
 
 
-def block_rows(clusters: int, device: torch.device) -> int:
+def block_rows(clusters: int, device: torch.device, dtype: torch.dtype = torch.float32) -> int:
     """Rows of a block: on a CPU its scores shall stay in the cache between being written and being searched."""
+    if for_kernels(device, dtype):
+        return _KERNEL_ROWS
     scores = _SCORES_GPU if device.type == "cuda" else _SCORES_CPU
     return max(128, min(scores // clusters // 64 * 64, scores // 256))
 
 
 def search_torch(x_ND: Tensor, target: Target) -> Found:
     """Search by matrix products, on a GPU by one kernel where Triton is; of equal scores the first centroid wins."""
-    if for_kernels(x_ND):
+    if for_kernels(x_ND.device, x_ND.dtype):
         yield from search_in_one_kernel(x_ND, target)
         return
     clusters, scores_nK = len(target.centroids_KD), x_ND.new_empty(0)
     rounded = target.coarse if len(x_ND) >= FEWEST else None
-    size = max(FEWEST, ELEMENTS // clusters) if rounded else block_rows(clusters, x_ND.device)
+    size = max(FEWEST, ELEMENTS // clusters) if rounded else block_rows(clusters, x_ND.device, x_ND.dtype)
     space = Workspace(min(size, len(x_ND)), clusters if rounded else 0)
     for start in range(0, len(x_ND), size):
         rows = slice(start, min(start + size, len(x_ND)))

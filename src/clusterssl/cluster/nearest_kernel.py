@@ -18,8 +18,8 @@ ROWS, CENTROIDS, DIMENSIONS = 128, 128, 16
 
 @triton.jit
 def _search(  # type: ignore[no-untyped-def]  # Triton reads annotations as types of its own
-    x_ND, c_KD, offset_K, label_N, N, K, D,
-    OFFSETS: tl.constexpr, ROWS: tl.constexpr, CENTROIDS: tl.constexpr, DIMENSIONS: tl.constexpr,
+    x_ND, c_KD, offset_K, label_N, N, K,
+    D: tl.constexpr, OFFSETS: tl.constexpr, ROWS: tl.constexpr, CENTROIDS: tl.constexpr, DIMENSIONS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     best_n = tl.full((ROWS,), float("-inf"), tl.float32)

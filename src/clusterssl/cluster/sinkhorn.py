@@ -92,7 +92,7 @@ class Passes(Protocol):
 
 
 def _passes(scores_ANK: Tensor, plan_ANK: Tensor) -> Passes:
-    if for_kernels(plan_ANK) and scores_ANK.is_contiguous() and plan_ANK.is_contiguous():
+    if for_kernels(plan_ANK.device, plan_ANK.dtype) and scores_ANK.is_contiguous() and plan_ANK.is_contiguous():
         from clusterssl.cluster.sinkhorn_kernels import MOST_PROTOTYPES, ByKernels
 
         if plan_ANK.shape[2] <= MOST_PROTOTYPES:

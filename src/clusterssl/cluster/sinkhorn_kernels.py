@@ -22,7 +22,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @triton.jit
 def _start(  # type: ignore[no-untyped-def]  # Triton reads annotations as types of its own
-    score_ANK, plan_ANK, part_APK, N, K, shift, scale, P, COLUMNS: tl.constexpr
+    score_ANK, plan_ANK, part_APK, N, shift, scale, P, K: tl.constexpr, COLUMNS: tl.constexpr
 ):
     p, a, k = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, COLUMNS)
     sum_K = tl.zeros((COLUMNS,), tl.float32)
@@ -36,7 +36,7 @@ def _start(  # type: ignore[no-untyped-def]  # Triton reads annotations as types
 
 @triton.jit
 def _sweep(  # type: ignore[no-untyped-def]
-    plan_ANK, u_AK, part_APK, N, K, tiny, P, COLUMNS: tl.constexpr
+    plan_ANK, u_AK, part_APK, N, tiny, P, K: tl.constexpr, COLUMNS: tl.constexpr
 ):
     p, a, k = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, COLUMNS)
     u_K = tl.load(u_AK + a * K + k, k < K, 0.0)
@@ -49,7 +49,7 @@ def _sweep(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _finish(  # type: ignore[no-untyped-def]
-    plan_ANK, u_AK, N, K, tiny, P, COLUMNS: tl.constexpr
+    plan_ANK, u_AK, N, tiny, P, K: tl.constexpr, COLUMNS: tl.constexpr
 ):
     p, a, k = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, COLUMNS)
     u_K = tl.load(u_AK + a * K + k, k < K, 0.0)
@@ -68,23 +68,21 @@ class ByKernels:
         self.programs = max(1, min(triton.cdiv(self.rows, _ROWS_EACH), _PROGRAMS))
         self._grid = (self.programs, problems)
         self._part_APK = plan_ANK.new_empty(problems, self.programs, self.prototypes)
-        self._words = {"COLUMNS": triton.next_power_of_2(self.prototypes), "num_warps": 8, "enable_fp_fusion": True}
+        columns = triton.next_power_of_2(self.prototypes)
+        self._words = {"K": self.prototypes, "COLUMNS": columns, "num_warps": 8, "enable_fp_fusion": True}
 
     def start(self, scores_ANK: Tensor, shift: float, scale: float) -> Tensor:
         """plan = 2^((scores - shift) scale), and its sums over this rank's rows [A, K]."""
         _start[self._grid](
-            scores_ANK, self.plan_ANK, self._part_APK, self.rows, self.prototypes, shift, scale, self.programs,
-            **self._words,
+            scores_ANK, self.plan_ANK, self._part_APK, self.rows, shift, scale, self.programs, **self._words,
         )  # fmt: skip
         return self._part_APK.sum(1)
 
     def sweep(self, u_AK: Tensor) -> Tensor:
         """Sums [A, K] over rows of which each, times u, sums to 1."""
-        _sweep[self._grid](
-            self.plan_ANK, u_AK, self._part_APK, self.rows, self.prototypes, _TINY, self.programs, **self._words
-        )
+        _sweep[self._grid](self.plan_ANK, u_AK, self._part_APK, self.rows, _TINY, self.programs, **self._words)
         return self._part_APK.sum(1)
 
     def finish(self, u_AK: Tensor) -> None:
         """The plan's columns times u, and its rows to the sum 1."""
-        _finish[self._grid](self.plan_ANK, u_AK, self.rows, self.prototypes, _TINY, self.programs, **self._words)
+        _finish[self._grid](self.plan_ANK, u_AK, self.rows, _TINY, self.programs, **self._words)

@@ -49,7 +49,7 @@ BENCHES = {
 PHOTOGRAPHS = ("data_path", "augment", "loader")
 LARGE = "--device cuda --arch resnet50 --size_crops 224 96 --nmb_crops 2 6 --repeats 10"
 ON_GPU = {
-    "tests": "-m pytest -q -p no:cacheprovider -m gpu tests/cluster/test_kernels.py tests/data/test_devicecrops.py "
+    "tests": "-m pytest -q -p no:cacheprovider -m gpu tests/test_kernels.py tests/data/test_devicecrops.py "
              "tests/data/test_devicedecode.py tests/data/test_fused.py tests/data/test_resident.py "
              "tests/test_auto_batch.py tests/test_snapshot.py tests/test_waits.py",
     "test_runs": "-m pytest -q -p no:cacheprovider -m gpu tests/test_gpu_runs.py",

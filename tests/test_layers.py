@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "clusterssl"
-BASE = {"errors", "files", "dist", "config", "rng", "pulse", "room"}
+BASE = {"errors", "files", "dist", "config", "rng", "pulse", "room", "gpu"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "rng": set(),
     "pulse": set(),
     "room": {"dist"},
+    "gpu": set(),
     "spelling": set(),
     "words": {"spelling"},
     "early": {"errors"},
@@ -30,7 +31,8 @@ MAY_IMPORT = {
     "shared_folder": {"dist", "files"},
     "cluster": BASE,
     "data": BASE,
-    "optim": BASE,
+    "lars_kernel": set(),
+    "optim": BASE | {"lars_kernel"},
     "models": {"errors", "files"},
     "hub": {"errors", "files", "models"},
     "report": BASE,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clusterssl.gpu import for_kernels
+
 
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled per parameter tensor by its norm (You et al. 2017, arXiv 1708.03888).
@@ -17,7 +19,7 @@ class LARS(torch.optim.Optimizer):
         g <- trust * ||p|| / (||g|| + wd ||p|| + eps) * (g + wd p)
     and otherwise g stays as it is, without weight decay; then v <- momentum v + g, p <- p - lr v. This is what apex's
     LARC (clip off) around torch's SGD computes, the optimiser of the published SwAV runs. On a GPU all tensors of a
-    dtype are updated together by `torch._foreach` kernels, and nothing waits for it.
+    group are updated by one kernel where Triton is, and nothing waits for it.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class LARS(torch.optim.Optimizer):
             "eps": eps,
         }
         super().__init__(params, defaults)
+        self._kernels: dict[tuple[int, ...], Any] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -60,8 +63,26 @@ class LARS(torch.optim.Optimizer):
         ratio = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + group["eps"])
         scale = torch.where(adapted, ratio, torch.ones_like(ratio))
         decays = torch.where(adapted, ratio * decay, torch.zeros_like(ratio))
+        momenta = self._momenta(params)
+        if for_kernels(scale.device, params[0].dtype) and self._by_kernel(params, grads, momenta, scale, decays, group):
+            return
         apply = _in_turn if scale.device.type == "cpu" else _together
-        apply(params, grads, self._momenta(params), scale, decays, group)
+        apply(params, grads, momenta, scale, decays, group)
+
+    def _by_kernel(
+        self, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], scale: Tensor, decays: Tensor,
+        group: dict[str, Any],
+    ) -> bool:  # fmt: skip
+        """Update all tensors by one kernel if they lie in memory alike; whether they do."""
+        from clusterssl.lars_kernel import Update
+
+        if not Update.fits(params, grads, momenta):
+            return False
+        which = tuple(map(id, params))
+        if which not in self._kernels:
+            self._kernels[which] = Update(params)
+        self._kernels[which](params, grads, momenta, scale, decays, group["momentum"], group["lr"])
+        return True
 
     def _momenta(self, params: list[Tensor]) -> list[Tensor]:
         for p in params:
@@ -84,7 +105,7 @@ def _together(
     params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], scale: Tensor, decays: Tensor,
     group: dict[str, Any],
 ) -> None:  # fmt: skip
-    """All tensors in a few kernels, whose factors never leave the device."""
+    """Whatever the device: factors never leave it, so that each tensor is scaled by a kernel of its own."""
     updates = torch._foreach_mul(grads, list(scale.unbind()))
     if group["weight_decay"] != 0:
         torch._foreach_add_(updates, torch._foreach_mul(params, list(decays.unbind())))

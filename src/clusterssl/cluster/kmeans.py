@@ -27,13 +27,13 @@ from clusterssl import dist, pulse
 from clusterssl.cluster.coarse import ELEMENTS, FEWEST
 from clusterssl.cluster.cores import MOST
 from clusterssl.cluster.empty import fill_empty, split_largest
-from clusterssl.cluster.gpu import for_kernels
 from clusterssl.cluster.lloyd import BLOCK, Found, Lloyd
 from clusterssl.cluster.nearest import Target, block_rows, import_faiss
 from clusterssl.cluster.rows import GlobalRows
 from clusterssl.cluster.seeding import SAMPLE, plus_plus, random_rows
 from clusterssl.config import require_numbers
 from clusterssl.errors import UserError
+from clusterssl.gpu import for_kernels
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from clusterssl.cluster.coarse import ELEMENTS, FEWEST, Coarse, Workspace, best_of, candidates, coarse, supported
-from clusterssl.cluster.gpu import for_kernels
 from clusterssl.errors import UserError
+from clusterssl.gpu import for_kernels
 
 Found = Iterator[tuple[slice, Tensor, Tensor]]
 """per block: which rows, the nearest centroid of each (int64 [n]) and its score [n]"""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clusterssl import dist
-from clusterssl.cluster.gpu import for_kernels
+from clusterssl.gpu import for_kernels
 
 # Largest (max - min score) / epsilon for which exp() in float32 keeps every entry of P a normal number, with room for
 # the products with u and v; beyond it the log domain is used.

@@ -17,12 +17,12 @@ from tests.cluster.test_sinkhorn import cosines, reference
 from tests.launch import ROOT
 
 
-@pytest.mark.parametrize("name", ["nearest", "sinkhorn"])
+@pytest.mark.parametrize("name", ["cluster/interpreted_nearest", "cluster/interpreted_sinkhorn", "interpreted_lars"])
 def test_by_the_interpreter(name: str) -> None:
     version = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))  # comes with PyTorch for CUDA
     if version < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("this Triton's interpreter needs a numpy before 2.4")
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/cluster/interpreted_{name}.py"]
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{name}.py"]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,12 +35,14 @@ def test_compiles_for_gpus_that_are_not_here(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from clusterssl import lars_kernel
     from clusterssl.cluster import nearest_kernel, sinkhorn_kernels
 
     tile = {name: getattr(nearest_kernel, name) for name in ("ROWS", "CENTROIDS", "DIMENSIONS")}
     cases = [(nearest_kernel._search, {"D": 128, "OFFSETS": offsets, **tile}) for offsets in (False, True)]
     passes = (sinkhorn_kernels._start, sinkhorn_kernels._sweep, sinkhorn_kernels._finish)
     cases += [(kernel, {"K": k, "COLUMNS": n}) for kernel in passes for k, n in ((1, 1), (3000, 4096), (2**14, 2**14))]
+    cases.append((lars_kernel._update, {"PART": lars_kernel._PART}))
     for kernel, constants in cases:
         types = {name: "constexpr" if name in constants else type_of(name) for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
@@ -52,11 +54,11 @@ def test_compiles_for_gpus_that_are_not_here(capability: int) -> None:
 
 def type_of(argument: str) -> str:
     """Triton's word for the type of a kernel's argument, by its name."""
-    if argument.startswith("label_"):
+    if argument.startswith(("label_", "address_", "size_", "tensor_", "start_")):
         return "*i64"
     if "_" in argument:
         return "*fp32"
-    return "fp32" if argument in ("shift", "scale", "tiny") else "i32"
+    return "fp32" if argument in ("shift", "scale", "tiny", "momentum", "lr") else "i32"
 
 
 @pytest.mark.gpu

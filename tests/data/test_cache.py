@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from clusterssl import room
+from clusterssl import dist, room
 from clusterssl.data import BadImageError, Loader, MultiCrop, fingerprint, open_source
 from clusterssl.data import cache as module
 from clusterssl.data.cache import CachedFiles, CachedSource
 from clusterssl.data.pack import PackOptions, pack
 from clusterssl.errors import UserError
+from tests.ranks import run_ranks
 
 
 @pytest.fixture
@@ -95,6 +99,55 @@ def test_ram_keeps_the_files_of_large_images_for_all_workers(packed: bool, tree:
             assert torch.equal(source.load(i), image)
     batch = next(Loader(source, crops, batch_size=images, workers=2).epoch(1))[0]
     assert torch.equal(batch.crops[0], expected_batch.crops[0]) and len(batch.bad) == 1
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_disk_keeps_all_for_workers_and_leaves_nothing_behind(
+    large: bool, small: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        Image.effect_noise((300, 200), 50).save(small / "1.png")
+    scratch = tmp_path_factory.mktemp("scratch")
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    plain, source = open_source(str(small), cache="none"), open_source(str(small), cache="disk")
+    assert isinstance(source, CachedFiles if large else CachedSource) and not list(scratch.iterdir())
+    crops = MultiCrop((2,), (16,))
+    expected_batch = next(Loader(plain, crops, batch_size=9).epoch(1))[0]
+    list(Loader(source, crops, batch_size=9, workers=2).epoch(0))
+    expected = {i: plain.load(i) for i in range(1, 8)}
+    assert torch.equal(pickle.loads(pickle.dumps(source)).load(2), expected[2]), "elsewhere it reads the files"
+    for i in expected:
+        (small / f"{i}.png").unlink()
+    assert all(torch.equal(source.load(i), image) for i, image in expected.items())
+    assert torch.equal(
+        next(Loader(source, crops, batch_size=9, workers=2).epoch(1))[0].crops[0], expected_batch.crops[0]
+    )
+
+
+def a_ranks_disk(rank: int, world_size: int, folder: str, scratch: str) -> bool:
+    """Rank 0 reads an image and removes the file; whether the other has it then."""
+    tempfile.tempdir = scratch
+    source = open_source(folder, cache="disk")
+    expected = open_source(folder, cache="none").load(3)
+    dist.barrier()
+    if rank == 0:
+        source.load(3)
+        (Path(folder) / "3.png").unlink()
+    dist.barrier()
+    return torch.equal(source.load(3), expected) and not list(Path(scratch).iterdir())
+
+
+def test_ranks_of_a_machine_share_its_disk(small: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert run_ranks(a_ranks_disk, 2, str(small), str(tmp_path_factory.mktemp("scratch"))) == [True, True]
+
+
+def test_a_full_disk_is_said_before_training(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"--cache disk: .* cannot hold .* \(No space left on device\); let TMPDIR"):
+        open_source(str(small), cache="disk")
 
 
 def test_ram_travels_empty(tree: Path) -> None:

@@ -1,7 +1,8 @@
-"""Keeps images in memory, shared with the workers: small ones decoded, of others the files.
+"""Keeps images in memory or on a machine's own disk, shared with the workers: small ones decoded, of others the files.
 
 A CIFAR or Tiny ImageNet JPEG takes longer to open and decode than to crop. Anonymous shared memory is seen by forked
-workers and, unlike /dev/shm, is not capped at 64 MB in containers; pages are taken up as images are first read.
+workers and, unlike /dev/shm, is not capped at 64 MB in containers; pages are taken up as images are first read. A file
+on disk is shared by all ranks of a machine, too; it has no name, so that it is gone with them however they end.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from typing import Any, Literal
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +27,8 @@ from clusterssl.data.decode import BadImageError, decode
 from clusterssl.errors import UserError
 from clusterssl.room import HOST, usable_bytes
 
-Cache = Literal["auto", "ram", "device", "none"]
+Cache = Literal["auto", "ram", "disk", "device", "none"]
+T = TypeVar("T")
 MAX_IMAGE_BYTES = 3 * 96 * 96
 MAX_BYTES = 2**30
 _PROBES = 8
@@ -30,8 +37,8 @@ _PROBES = 8
 class _Cache:
     """What a source with a cache has of the source."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
+    def __init__(self, inner: Any, on_disk: bool) -> None:
+        self.inner, self.on_disk = inner, on_disk
         self.classes: list[str] = inner.classes
         self.labels: NDArray[np.int64] = inner.labels
 
@@ -46,12 +53,20 @@ class _Cache:
         """Size of the file of image i."""
         return self.inner.file_bytes(i)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Memory is shared with forked workers only: elsewhere a cache starts empty, one on disk is left behind."""
+        return (_itself, (self.inner,)) if self.on_disk else super().__reduce_ex__(protocol)
+
+
+def _itself(source: Any) -> Any:
+    return source
+
 
 class CachedSource(_Cache):
     """A source whose images are decoded once; those of another size than the first are decoded every time."""
 
-    def __init__(self, inner: Any, shape: tuple[int, ...]) -> None:
-        super().__init__(inner)
+    def __init__(self, inner: Any, shape: tuple[int, ...], on_disk: bool = False) -> None:
+        super().__init__(inner, on_disk)
         self._shape = shape
         self._allocate()
 
@@ -68,7 +83,7 @@ class CachedSource(_Cache):
     def _allocate(self) -> None:
         n = len(self.inner)
         size = n * int(np.prod(self._shape))
-        memory = mmap.mmap(-1, size + n)
+        memory = _memory(size + n, self.on_disk)
         self._images = torch.frombuffer(memory, dtype=torch.uint8, count=size).view(n, *self._shape)
         self._filled = np.frombuffer(memory, dtype=np.uint8, count=n, offset=size)
 
@@ -76,18 +91,19 @@ class CachedSource(_Cache):
         return {"inner": self.inner, "shape": self._shape}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Starts empty: memory is shared with forked workers only."""
+        """Starts empty."""
         self.__init__(state["inner"], state["shape"])  # type: ignore[misc]
 
 
 class CachedFiles(_Cache):
     """A source whose files are read once and decoded every time: they take a tenth of the memory of their pixels."""
 
-    def __init__(self, inner: Any) -> None:
-        """Args: a source of files with `file_bytes` and `read`."""
-        super().__init__(inner)
+    def __init__(self, inner: Any, on_disk: bool = False) -> None:
+        """Args: a source of files with `file_bytes` and `read`; where they are kept."""
+        super().__init__(inner, on_disk)
         self._ends = np.cumsum([_size(inner, i) for i in range(len(inner))], dtype=np.int64)
-        _check_memory(int(self._ends[-1]))
+        if not on_disk:
+            _check_memory(int(self._ends[-1]))
         self._allocate()
 
     def load(self, i: int) -> Tensor:
@@ -107,7 +123,7 @@ class CachedFiles(_Cache):
 
     def _allocate(self) -> None:
         n, size = len(self.inner), int(self._ends[-1])
-        memory = mmap.mmap(-1, size + n)
+        memory = _memory(size + n, self.on_disk)
         self._data = np.frombuffer(memory, dtype=np.uint8, count=size)
         self._filled = np.frombuffer(memory, dtype=np.uint8, count=n, offset=size)
 
@@ -115,7 +131,7 @@ class CachedFiles(_Cache):
         return {key: value for key, value in self.__dict__.items() if key not in ("_data", "_filled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Starts empty: memory is shared with forked workers only."""
+        """Starts empty."""
         self.__dict__.update(state)
         self._allocate()
 
@@ -126,24 +142,27 @@ def cached(source: Any, cache: Cache) -> Any:
     Args:
         source: images in files.
         cache: "auto" keeps decoded images if they are small and 1 GiB holds all, as its first readable image says;
-            "ram" keeps small images decoded, of others the files, whatever memory that takes; "none" keeps nothing;
-            "device" keeps what "auto" does, for all but the training crops, which come from `resident`.
+            "ram" keeps small images decoded, of others the files, whatever memory that takes; "disk" does so in a
+            file in the folder for temporary files, once for all ranks of a machine (and is collective); "none" keeps
+            nothing; "device" keeps what "auto" does, for all but the training crops, which come from `resident`.
 
     Raises:
-        UserError: "ram", and this machine's memory does not hold all images once for each of its ranks.
+        UserError: "ram", and this machine's memory does not hold all images once for each of its ranks; "disk", and
+            that folder does not hold them.
     """
     if cache == "none":
         return source
     shape = _first_shape(source)
     small = shape is not None and math.prod(shape) <= MAX_IMAGE_BYTES
-    if cache == "ram" and not small:
-        return CachedFiles(source)
+    if cache in ("ram", "disk") and not small:
+        return CachedFiles(source, cache == "disk")
     if shape is None or not small:
         return source
     wanted = math.prod(shape) * len(source)
     if cache == "ram":
         _check_memory(wanted)
-    return CachedSource(source, shape) if cache == "ram" or wanted <= MAX_BYTES else source
+    kept = cache in ("ram", "disk") or wanted <= MAX_BYTES
+    return CachedSource(source, shape, cache == "disk") if kept else source
 
 
 def _first_shape(source: Any) -> tuple[int, ...] | None:
@@ -158,6 +177,53 @@ def _size(source: Any, i: int) -> int:
         return int(source.file_bytes(i))
     except OSError:  # told when the image is to be loaded
         return 0
+
+
+def _memory(size: int, on_disk: bool) -> mmap.mmap:
+    """Zeros that forked processes share, and of a file on disk all ranks of this machine; then a collective call."""
+    if not on_disk:
+        return mmap.mmap(-1, size)
+    hosts = dist.gather_objects(platform.node())
+    first = hosts.index(hosts[dist.rank()])
+    path = _attempt(lambda: _reserved(size) if first == dist.rank() else "", size)
+    path = dist.gather_objects(path)[first]
+    memory = _attempt(lambda: _mapped(Path(path), size), size)
+    if first == dist.rank():
+        Path(path).unlink()
+    return memory
+
+
+def _attempt(work: Callable[[], T], size: int) -> T:
+    """What `work` returns, where it succeeds on all ranks; a collective call."""
+    found, problem = [], None
+    try:
+        found.append(work())
+    except OSError as error:
+        problem = UserError(
+            f"--cache disk: {tempfile.gettempdir()} cannot hold {size / 2**30:.1f} GiB ({error.strerror}); let TMPDIR "
+            "name a folder on a larger disk of this machine, or leave --cache away"
+        )
+    dist.raise_together(problem)
+    return found[0]
+
+
+def _reserved(size: int) -> str:
+    """Path of a new file whose room is taken at once: to write where there is none left would end the process."""
+    number, path = tempfile.mkstemp(prefix="clusterssl-cache-")
+    try:
+        reserve = getattr(os, "posix_fallocate", lambda number, _, size: os.ftruncate(number, size))
+        reserve(number, 0, size)
+    except OSError:
+        Path(path).unlink()
+        raise
+    finally:
+        os.close(number)
+    return path
+
+
+def _mapped(path: Path, size: int) -> mmap.mmap:
+    with path.open("r+b") as file:
+        return mmap.mmap(file.fileno(), size)
 
 
 def _check_memory(wanted: int) -> None:

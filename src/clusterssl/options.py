@@ -39,9 +39,9 @@ class DataOptions:
     workers: int = 10
     """loader processes per rank; at most the number of cores is used, 0 loads in the training process"""
     cache: Literal["auto", "ram", "disk", "device", "none"] = "auto"
-    """images kept once they were read: small ones up to 1 GiB in memory (auto), all (ram: decoded up to 96 px, of larger
-    ones the files), all in a file under TMPDIR that the ranks of a machine share (disk), none, or from the start all
-    on the training device, to be cropped there (device)"""
+    """images kept once they were read: small ones up to 1 GiB in memory (auto), all (ram: decoded up to 96 px, of
+    larger ones the files), all in a file under TMPDIR that the ranks of a machine share (disk), none, or from the start
+    all on the training device, to be cropped there (device)"""
     decode: Literal["cpu", "gpu"] = "cpu"
     """who decodes JPEGs: the workers, or the GPU (nvJPEG), which then crops and resizes, too, and workers only read"""
     data_patience_minutes: float = 10.0

@@ -52,6 +52,8 @@ class Progress:
         self._since, self._since_step, self._waited = self._start, step, 0.0
         self._epoch: tuple[float, int, float] = (self._start, step, 0.0)
         """time, step and seconds waited for data at the last row of the table"""
+        self._line = self._epoch
+        """the same at the last line"""
         self._waited_before = 0.0
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
@@ -111,10 +113,11 @@ class Progress:
         if now - self._shown < _SECONDS_BETWEEN_LINES and step < self._total:
             return
         self._shown, extra = now, {"file_only": self._bar is not None}
+        speed, wait, self._line = self._since_then(self._line, step)
         logger.info(
             "epoch %d, step %d/%d, loss %.4f (ln K %.3f), lr %.3g, %.0f images/s, waiting for data %.0f %%, %s to go",
             record["epoch"], step, self._total, record["loss"], record.get("ln_k", float("nan")), record["lr"],
-            record["images_per_s"], 100 * record["data_wait"], self._to_go(step), extra=extra,
+            speed, 100 * wait, self._to_go(step), extra=extra,
         )  # fmt: skip
 
     def row(self, epoch: int, step: int, loss: float, rate: float, occupancy: Sequence[int]) -> None:
@@ -129,16 +132,19 @@ class Progress:
         """
         if self._bar is None:
             return
-        now, waited = time.monotonic(), self._waited_before + self._waited
-        began, first, waited_then = self._epoch
-        self._epoch, elapsed = (now, step, waited), max(now - began, 1e-9)
+        speed, wait, self._epoch = self._since_then(self._epoch, step)
         used = f"{sum(count > 0 for count in occupancy)}/{len(occupancy)}" if occupancy else "-"
-        speed, wait = (step - first) * self._images / elapsed, (waited - waited_then) / elapsed
         cells = (str(epoch), f"{loss:.4f}", f"{rate:.3g}", used, f"{speed:.0f}", f"{wait:.0%}", self._to_go(step))
         for line in (_COLUMNS, cells)[self._headed :]:
             words = (word.rjust(width) for word, width in zip(line, _COLUMNS.values(), strict=True))
             self._bar.write("".join(words), file=sys.stderr)
         self._headed = True
+
+    def _since_then(self, then: tuple[float, int, float], step: int) -> tuple[float, float, tuple[float, int, float]]:
+        """Images a second and share of waiting since a time, step and seconds waited; the same three of now."""
+        now, waited = time.monotonic(), self._waited_before + self._waited
+        elapsed = max(now - then[0], 1e-9)
+        return (step - then[1]) * self._images / elapsed, min((waited - then[2]) / elapsed, 1.0), (now, step, waited)
 
     def _to_go(self, step: int) -> str:
         """Time until the last step, at the speed since the first steps of this start."""

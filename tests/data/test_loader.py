@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 from clusterssl.data import Batch, Loader, MultiCrop, eval_batches, open_source
+from clusterssl.data.cache import Cache
 from clusterssl.data.loader import signals_held
+from clusterssl.data.pack import PackOptions, pack
 from clusterssl.data.slots import Ticket
 from clusterssl.errors import UserError
 
@@ -166,12 +168,17 @@ def test_the_knob_that_makes_loading_faster(tmp_path: Path, monkeypatch: pytest.
     for i in range(4):
         Image.fromarray(rng.integers(0, 256, (120, 130, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
 
-    def told(data: str, workers: int) -> str:
-        return Loader(open_source(data), MultiCrop((2,), (32,)), batch_size=2, workers=workers).faster()
+    def told(data: str, workers: int, cache: Cache = "auto", side: int = 32) -> str:
+        source = open_source(data, cache=cache)
+        return Loader(source, MultiCrop((2,), (side,)), batch_size=2, workers=workers).faster()
 
     assert told(str(tmp_path), 3) == "raise --workers, now 3 on 8 cores"
     assert "clusterssl.data.pack SRC DST --short_side" in told(str(tmp_path), 8)
     assert "--nmb_crops" in told("synthetic:8:32x32", 8)
+    pack(tmp_path, tmp_path / "packed", PackOptions(workers=1))
+    for cache in ("none", "ram", "disk"):
+        assert "smaller, with --short_side 64 or so" in told(str(tmp_path / "packed"), 8, cache)
+    assert "--nmb_crops" in told(str(tmp_path / "packed"), 8, side=224)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     assert "clusterssl.data.pack" in told(str(tmp_path), 2)

@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from clusterssl import dist
 from clusterssl.data.boxes import buffer_bytes
+from clusterssl.data.cache import CachedFiles, CachedSource
 from clusterssl.data.dataset import Batch, Key, MultiCropDataset, Shipped
 from clusterssl.data.devicedecode import DeviceDecode, RawDataset
 from clusterssl.data.multicrop import MultiCrop
+from clusterssl.data.packed import PackedSource
 from clusterssl.data.sampler import PositionSampler
 from clusterssl.data.slots import Slots
 from clusterssl.data.source import FileSource, Source
@@ -227,8 +229,12 @@ class Loader:
             return f"raise --workers, now {self.workers}{each} on {cores} cores"
         inner = self.source.inner if isinstance(self.source, ClassSubset) else self.source
         busy = f"the loaders have all {cores} cores already"
-        if isinstance(inner, FileSource):
+        files = inner.inner if isinstance(inner, (CachedFiles, CachedSource)) else inner
+        if isinstance(files, FileSource):
             return f"{busy}; pack smaller images: python -m clusterssl.data.pack SRC DST --short_side 256"
+        side = max(max(size) for size in self.multicrop.sizes)
+        if isinstance(files, PackedSource) and side <= 128:
+            return f"{busy}; pack the images smaller, with --short_side {2 * side} or so"
         return f"{busy}; take fewer or smaller crops (--nmb_crops, --size_crops)"
 
     def another(self) -> Loader:

@@ -164,21 +164,23 @@ def test_a_batch_leaves_a_worker_in_one_piece_of_shared_memory(workers: int) -> 
 
 def test_the_knob_that_makes_loading_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
+    images, packed = tmp_path / "images", tmp_path / "packed"
+    images.mkdir()
     rng = np.random.default_rng(0)
     for i in range(4):
-        Image.fromarray(rng.integers(0, 256, (120, 130, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (120, 130, 3), dtype=np.uint8)).save(images / f"{i}.png")
 
     def told(data: str, workers: int, cache: Cache = "auto", side: int = 32) -> str:
         source = open_source(data, cache=cache)
         return Loader(source, MultiCrop((2,), (side,)), batch_size=2, workers=workers).faster()
 
-    assert told(str(tmp_path), 3) == "raise --workers, now 3 on 8 cores"
-    assert "clusterssl.data.pack SRC DST --short_side" in told(str(tmp_path), 8)
+    assert told(str(images), 3) == "raise --workers, now 3 on 8 cores"
+    assert "clusterssl.data.pack SRC DST --short_side" in told(str(images), 8)
     assert "--nmb_crops" in told("synthetic:8:32x32", 8)
-    pack(tmp_path, tmp_path / "packed", PackOptions(workers=1))
+    pack(images, packed, PackOptions(workers=1))
     for cache in ("none", "ram", "disk"):
-        assert "smaller, with --short_side 64 or so" in told(str(tmp_path / "packed"), 8, cache)
-    assert "--nmb_crops" in told(str(tmp_path / "packed"), 8, side=224)
+        assert "smaller, with --short_side 64 or so" in told(str(packed), 8, cache)
+    assert "--nmb_crops" in told(str(packed), 8, side=224)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    assert "clusterssl.data.pack" in told(str(tmp_path), 2)
+    assert "clusterssl.data.pack" in told(str(images), 2)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clusterssl import dist
 from clusterssl.cluster.cores import MOST, on_cores
+from clusterssl.cluster.nearest import first_largest
 from clusterssl.errors import UserError
 
 _BLOCK = {"cpu": 2**18, "cuda": 2**26}
@@ -177,7 +178,7 @@ class Kernel:
         labels_N = torch.empty(len(self.features_ND), dtype=torch.int64, device=self.device)
 
         def label(span: slice, room_nK: Tensor) -> None:
-            labels_N[span] = _argmax(self._exponents(span, potentials_K, room_nK))
+            labels_N[span] = first_largest(self._exponents(span, potentials_K, room_nK))
 
         self._on_blocks(label)
         return labels_N
@@ -217,11 +218,6 @@ def kernel_bytes(images: int, clusters: int, cache_bytes: float, number_bytes: i
     whole = images * clusters * number_bytes
     blocks = 2 * MOST * max(_BLOCK["cpu"], clusters) * number_bytes
     return min(blocks, 2 * whole) + (whole if whole <= cache_bytes else 0)
-
-
-def _argmax(scores_nK: Tensor) -> Tensor:
-    """First largest column of each row; numpy's search for it on CPUs is several times faster than torch's."""
-    return torch.from_numpy(scores_nK.numpy().argmax(1)) if scores_nK.device.type == "cpu" else scores_nK.argmax(1)
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ def search_torch(x_ND: Tensor, target: Target) -> Found:
         out_nK = torch.mm(near_nD, target.centroids_KD.T, out=scores_nK[: rows.stop - start])
         if target.offset_K is not None:
             out_nK -= target.offset_K
-        labels_n = _argmax(out_nK)
+        labels_n = first_largest(out_nK)
         yield rows, labels_n, out_nK.gather(1, labels_n[:, None])[:, 0]
 
 
@@ -100,7 +100,7 @@ def search_in_one_kernel(x_ND: Tensor, target: Target) -> Found:
         yield rows, labels_n, target.scores(near_nD, labels_n)
 
 
-def _argmax(scores_nK: Tensor) -> Tensor:
+def first_largest(scores_nK: Tensor) -> Tensor:
     """First largest column of each row; numpy's search for it on CPUs is several times faster than torch's."""
     if scores_nK.device.type == "cpu":
         return torch.from_numpy(scores_nK.numpy().argmax(1))

@@ -13,6 +13,9 @@ import pytest
 if os.environ.get("CI"):  # nothing may be absent there: what would be skipped fails
     pytest.importorskip = importlib.import_module  # type: ignore[assignment]
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell, and scripts would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:

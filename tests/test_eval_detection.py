@@ -118,7 +118,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([*flags, "--arch", "conv4w4"], "detectors need the four stages"),
         ([*flags, "--steps", 0], "--steps 0"),
         ([*flags, "--detector", "yolo"], "--detector"),
-        ([*flags, "--lr", "nan"], "--lr nan"),
+        ([*flags, "--lr", "nan"], "--lr: 'nan'"),
     ):
         assert run(tmp_path / "out", *words) == 2, message
         error = capsys.readouterr().err.strip()

@@ -202,7 +202,6 @@ class RunOptions(MirrorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.dump_path != "", "--dump_path is empty: name a folder, or leave the flag away for this one")
         require_numbers(self, "log_freq", least=1)
         require_numbers(self, "profile", "checkpoint_freq", "checkpoint_minutes", "hang_minutes", least=0)
         require_numbers(self, "seed", least=0, most=2**31 - 1)

@@ -71,7 +71,14 @@ def test_refusals(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_any_script_its_flags_untouched_and_its_exit_code(cluster: Cluster, tmp_path: Path) -> None:
     script = tmp_path / "any.py"
-    script.write_text("import sys; print('given', sys.argv[1:], flush=True); sys.exit(int(sys.argv[1]))\n")
+    # Whichever task ends first has the other terminated: they end when both have come so far.
+    script.write_text(
+        "import os, pathlib, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('given', sys.argv[1:], flush=True); here = pathlib.Path(__file__).parent\n"
+        "(here / ('began' + os.environ['SLURM_PROCID'])).touch()\n"
+        "while len(list(here.glob('began*'))) < 2: time.sleep(0.05)\n"
+        "sys.exit(int(sys.argv[1]))\n"
+    )
     words = ["--wait", "--ngpus", "2", *SMALL, script]
     done = launch(cluster, *words, "3", "--nodes", "x y", "--wait", cwd=tmp_path, code=3)
     assert "given ['3', '--nodes', 'x y', '--wait']" in done.stdout

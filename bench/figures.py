@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -28,10 +28,15 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: not a readable result ({error.strerror})") from error
+    except ValueError as error:
         raise UserError(f"{path}: not a readable result ({error})") from error
-    if not isinstance(record, dict) or "result" not in record:
-        raise UserError(f"{path}: not a result of a bench")
+    for part in ("hardware", "result"):
+        if not isinstance(record, dict) or not isinstance(record.get(part), dict):
+            raise UserError(f'{path}: not a result of a bench, which has a table "{part}"')
+    if not isinstance(record["result"].get("options", {}), dict):
+        raise UserError(f'{path}: not a result of a bench, its "options" are no table')
     return record
 
 
@@ -40,7 +45,8 @@ def figures(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     if isinstance(value, dict):
         if {"median", "low", "high"} <= value.keys():
             times = Figure(value["median"], value["low"], value["high"])
-            yield path, Figure(*(_scale(path) * x for x in times))
+            if all(map(_is_number, times)) and times.median > 0:
+                yield path, Figure(*(_scale(path) * x for x in times))
             return
         for key, inner in value.items():
             if key != "options":
@@ -53,11 +59,28 @@ def figures(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 
 def _of_numbers(numbers: list[Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Figure]]:
-    if not numbers or any(isinstance(x, bool) or not isinstance(x, (int, float)) or x <= 0 for x in numbers):
+    if not numbers or not all(_is_number(x) and x > 0 for x in numbers):
         return
     times = sorted(1e3 / x if "_per_" in path[-1] else _scale(path) * x for x in numbers)
     quarter = len(times) // 4
     yield path, Figure(median(times), times[quarter], times[-1 - quarter])
+
+
+def ratios(times: Mapping[tuple[str, ...], Figure]) -> dict[tuple[str, ...], Figure]:
+    """Ours over each other system that the same run measured in the same place; the widest span of both spreads."""
+    found = {}
+    for path, own in times.items():
+        for place in (i for i, key in enumerate(path) if key.startswith("ours")):
+            for other, one in times.items():
+                beside = other[:place] == path[:place] and other[place + 1 :] == path[place + 1 :]
+                if beside and len(other) == len(path) and not other[place].startswith("ours") and one.low > 0:
+                    label = (*path[:place], f"{path[place]} over {other[place]}", *path[place + 1 :])
+                    found[label] = Figure(own.median / one.median, own.low / one.high, own.high / one.low)
+    return found
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _is_time(path: tuple[str, ...]) -> bool:

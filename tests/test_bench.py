@@ -54,7 +54,7 @@ def test_times_are_found_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_only_what_exceeds_the_spread_is_slower(tmp_path: Path) -> None:
     base = result((0.9, 1.0, 1.1))
     code, said = compared(tmp_path, base, result((1.0, 1.15, 1.3)))
-    assert code == 0 and "0 of 4 times changed" in said
+    assert code == 0 and "4 of 4 times compared, 0 of them changed" in said
     code, said = compared(tmp_path, base, result((1.2, 1.3, 1.4)))
     assert code == 1 and "slower: rows / batch 9 / seconds / ours: 1000 -> 1300 ms (1.30 x)" in said
     code, said = compared(tmp_path, base, result((0.5, 0.6, 0.7)))
@@ -69,7 +69,7 @@ def test_results_of_other_sizes_are_not_compared(tmp_path: Path) -> None:
     for record, sizes in ((old, {"rows": 9, "ranks": [1, 2], "repeats": 5}), (new, {"rows": 10, "ranks": [1]})):
         record["result"]["options"] = {"repeats": 3, **sizes}
     code, said = compared(tmp_path, old, new)
-    assert code == 0 and "new.json: measured with other --rows, not compared" in said
+    assert code == 2 and "new.json: measured with other --rows, not compared" in said
     new["result"]["options"]["rows"] = 9
     code, said = compared(tmp_path, old, new)
     assert code == 1 and "slower: cpu_s / faiss: 2000 -> 4000 ms" in said
@@ -77,11 +77,62 @@ def test_results_of_other_sizes_are_not_compared(tmp_path: Path) -> None:
 
 def test_other_hardware_is_not_compared_and_bad_files_are_named(tmp_path: Path) -> None:
     code, said = compared(tmp_path, result((1, 2, 3)), result((7, 8, 9), cpu="b"))
-    assert code == 0 and "other hardware" in said
+    assert code == 2 and "other hardware" in said
     (tmp_path / "torn.json").write_text("{")
     words = [sys.executable, str(BENCH / "compare.py"), str(tmp_path / "torn.json"), str(tmp_path / "old.json")]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and "torn.json: not a readable result" in done.stderr
+    words[2] = str(tmp_path)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and "name two results or two folders" in done.stderr
+    assert "Errno" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_results_without_a_time_in_common_are_no_all_clear(tmp_path: Path) -> None:
+    old = result((1.0, 2.0, 3.0))
+    renamed = {**old, "result": {"lines": old["result"]["rows"]}}
+    other_bench = {**old, "command": "python bench/y.py"}
+    for new in ({**old, "result": {}}, renamed, other_bench):
+        code, said = compared(tmp_path, old, new)
+        assert code == 2 and "new.json: nothing in common" in said and said.endswith("not compared\n")
+    fewer = result((1.0, 2.0, 3.0))
+    del fewer["result"]["cpu_s"]
+    code, said = compared(tmp_path, old, fewer)
+    assert code == 0 and "3 of 4 times compared, 0 of them changed" in said and "gone: cpu_s / faiss" in said
+
+
+def test_what_is_no_result_of_a_bench_is_not_called_slower(tmp_path: Path) -> None:
+    old = result((1.0, 2.0, 3.0))
+    options = {**old, "result": {**old["result"], "options": None}}
+    for new in ({"result": old["result"]}, {**old, "result": None}, {**old, "result": [1]}, options):
+        for pair in ((old, new), (new, old)):
+            code, said = compared(tmp_path, *pair)
+            assert code == 2 and "json: not a result of a bench" in said and len(said.splitlines()) == 1
+    code, said = compared(tmp_path, old, old, "--margin", "-1")
+    assert code == 2 and "--margin -1: must be" in said
+    odd = {**old, "result": {**old["result"], "cpu_s": {"faiss": {"median": 0, "low": None, "high": "x"}}}}
+    assert compared(tmp_path, old, odd)[0] == 0
+
+
+def test_folders_are_compared_by_name_and_recorded_hardware(tmp_path: Path) -> None:
+    def folder(name: str, **results: dict[str, Any]) -> str:
+        (tmp_path / name).mkdir()
+        for stem, record in results.items():
+            (tmp_path / name / f"{stem.replace('__', '-')}.json").write_text(json.dumps(record))
+        return str(tmp_path / name)
+
+    slow = result((3.0, 4.0, 5.0))
+    old = folder("old", lars=slow, knn=slow, saves=slow)
+    mine, elsewhere = result((1.0, 2.0, 2.5)), result((9.0, 9.0, 9.0), cpu="b")
+    new = folder("new", lars__mine=mine, lars__b=elsewhere, lars_more__mine=elsewhere, knn=elsewhere)
+    words = [sys.executable, str(BENCH / "compare.py")]
+    done = subprocess.run([*words, new, old], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.startswith("lars.json since lars-mine.json: 4 of 4 times compared")
+    assert done.stdout.count("compared") == 1
+    for name in ("old/knn", "old/saves", "new/knn", "new/lars-b", "new/lars_more-mine"):
+        assert f"{tmp_path / name}.json" in done.stderr
+    done = subprocess.run([*words, folder("far", lars=elsewhere), old], capture_output=True, text=True)
+    assert done.returncode == 2 and "no result of the same name and hardware" in done.stderr
 
 
 def numbers_of(options: Any) -> Iterator[str]:

@@ -155,6 +155,9 @@ def write(folder: Path) -> Path:
 
 def main() -> None:
     words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
     folder = Path(words[0]) if words else COMMITTED
     cfg.require(len(words) < 2 and folder.is_dir(), f"{' '.join(words)}: name one folder of results")
     print(f"the page is {write(folder)}")

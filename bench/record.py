@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from summary import Summary
 
 from clusterssl import config as cfg
+from clusterssl.errors import UserError
+from clusterssl.joining import require_gpu
 
 C = TypeVar("C")
 
@@ -27,6 +30,37 @@ MAY_BE_ZERO = ("workers", "k", "seed", "seeds", "latency_us", "local_latency_us"
 
 
 def options_of(cls: type[C], description: str | None) -> C:
+    """Flags of a bench that can be measured here: see `flags_of`; its GPU is there, its result can be written.
+
+    Raises:
+        UserError: see `flags_of`; there is no GPU; the result cannot be written.
+    """
+    options = flags_of(cls, description)
+    if getattr(options, "device", "") == "cuda":
+        require_gpu("--device cuda", "use --device cpu")
+    if out := getattr(options, "out", ""):
+        check_out(Path(out))
+    return options
+
+
+def check_out(path: Path, flag: str = "--out") -> None:
+    """Try whether the file of a result can be written, before it is measured.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with path.open("ab"):
+                return
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error.strerror}); choose another") from error
+
+
+def flags_of(cls: type[C], description: str | None) -> C:
     """Flags of a bench, of which none is a nonsense size: a number whose default is positive must be, too.
 
     Raises:

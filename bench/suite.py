@@ -5,8 +5,9 @@
     python bench/suite.py --gpu --cifar10 cifar10.tar.gz           # what needs a GPU; again, to go on with training
     python bench/suite.py --folder bench/results --hardware mine    # results to be committed, with bench/README.md
 
-At the end stand the figures with their bars, and what became slower than the committed results of the same hardware.
-Benches of photographs are left out, with a line, where neither --data_path nor CLUSTERSSL_DATA says where some are.
+At the end stand the figures with their bars, and how ours over others moved since the committed results of the same
+hardware. Benches of photographs are left out, with a line, where neither --data_path nor CLUSTERSSL_DATA says where
+some are; with --only they end it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ import compare
 import readme
 from figures import read
 from photos import folder_of_photos
-from record import options_of
+from record import check_out, options_of
 
 from clusterssl import config as cfg
 from clusterssl.errors import UserError
+from clusterssl.joining import require_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHES = {
@@ -76,6 +78,10 @@ ON_GPU = {
                "--compile true --profile 10 --report false --dump_path runs/profile",
 }  # fmt: skip
 """by how much they tell: whether it runs, what a step costs, its parts, whole runs"""
+CAVEAT = """Beside the committed results of this hardware. Where a machine does other work, all times move from run to
+run, others' code included; ours over theirs in the same run moves less. Details, time by time:
+python bench/compare.py bench/results {folder}
+"""
 COMMANDS = ("tests", "test_runs", "profile")
 """that leave no result"""
 
@@ -148,26 +154,46 @@ def report(done: list[str], options: Options, committed: dict[str, dict[str, Any
         return
     page = readme.write(ROOT / options.folder)
     print(f"\n{readme.overview(results, sorted({*map(readme.bench_of, done)}), linked=False)}\n")
-    for name, new in zip(done, results.values(), strict=True):
-        for stem, old in committed.items():
-            if stem.partition("-")[0] == name and old["hardware"] == new["hardware"]:
-                print(*compare.report(f"{name} since {stem}.json", old, new, compare.Options())[0], sep="\n")
-    print(f"\nWhere the others became slower alike, the machine was slower. The page is {page}")
+    since = [
+        compare.brief(f"{name} since {stem}", old, new)
+        for name, new in zip(done, results.values(), strict=True)
+        for stem, old in committed.items()
+        if stem.partition("-")[0] == name and old["hardware"] == new["hardware"]
+    ]
+    if since:
+        print(CAVEAT.format(folder=options.folder), *since, sep="\n")
+    print(f"\nThe page is {page}")
+
+
+def here(options: Options) -> list[str]:
+    """Names of the benches that can run here; prints which are left out.
+
+    Raises:
+        UserError: one was asked for by name and cannot; none can.
+    """
+    names = [name for name in options.benches if name in options.only or not options.only]
+    if options.gpu:
+        require_gpu("--gpu", "leave it out")
+    check_out(ROOT / options.folder / "README.md", "--folder")
+    if not (out := [name for name in names if name in PHOTOGRAPHS]):
+        return names
+    try:
+        with folder_of_photos(options.data_path):
+            return names
+    except UserError as error:
+        if options.only:
+            raise UserError(f"--only {' '.join(out)}: {error}") from error
+        print(f"left out: {', '.join(out)}: {error}")
+    return [name for name in names if name not in PHOTOGRAPHS]
 
 
 def main() -> None:
     options = options_of(Options, __doc__)
-    names = [name for name in options.benches if name in options.only or not options.only]
-    try:
-        with folder_of_photos(options.data_path):
-            pass
-    except UserError as error:
-        print(f"left out: {', '.join(name for name in names if name in PHOTOGRAPHS)}: {error}")
-        names = [name for name in names if name not in PHOTOGRAPHS]
+    names = here(options)
     began = time.monotonic()
     committed = readme.all_of(readme.COMMITTED)
     failed = [name for name in names if not run(name, options)]
-    print(f"\n{len(names)} benches in {time.monotonic() - began:.0f} s")
+    print(f"\n{len(names)} {'bench' if len(names) == 1 else 'benches'} in {time.monotonic() - began:.0f} s")
     if done := [name for name in names if name not in failed]:
         report(done, options, committed)
     if failed:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from clusterssl import config as cfg
@@ -175,6 +176,52 @@ def test_nonsense_sizes_are_refused_in_one_line(
                 module.main()
 
 
+@pytest.mark.parametrize("path", [path for path in MEASURING if '"cuda"]' in path.read_text()], ids=lambda p: p.stem)
+def test_a_gpu_that_is_not_there_is_said_in_one_line(
+    path: Path, script: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [path.name, "--device", "cuda"])
+    with pytest.raises(UserError, match=r"--device cuda: no GPU is visible to this process; use --device cpu$"):
+        script(path).main()
+
+
+@pytest.mark.parametrize("path", MEASURING, ids=lambda path: path.stem)
+def test_a_result_that_cannot_be_written_is_not_measured(
+    path: Path, script: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path, tmp_path / "file" / "x.json"):
+        monkeypatch.setattr(sys, "argv", [path.name, "--out", str(out)])
+        with pytest.raises(UserError, match=f"--out {out}: cannot be written"):
+            script(path).main()
+    assert (tmp_path / "file").read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_suite_says_once_that_it_cannot_run(
+    script: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = script(BENCH / "suite.py")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CLUSTERSSL_DATA", str(tmp_path))
+    monkeypatch.setattr(suite, "run", lambda name, options: pytest.fail(f"{name} was begun"))
+    with pytest.raises(UserError, match="--gpu: no GPU is visible"):
+        suite.here(suite.Options(gpu=True))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--folder .*file/x/README.md: cannot be written"):
+        suite.here(suite.Options(folder=str(tmp_path / "file" / "x")))
+    monkeypatch.setattr(sys, "argv", ["suite.py", "--only", "lars", "data_path", "--folder", str(tmp_path)])
+    with pytest.raises(UserError, match="--only data_path: no photographs"):
+        suite.main()
+    left = suite.here(suite.Options(folder=str(tmp_path)))
+    assert left == [name for name in suite.BENCHES if name not in suite.PHOTOGRAPHS]
+    assert "left out: data_path, augment, loader: no photographs" in capsys.readouterr().out
+    monkeypatch.setattr(suite, "run", lambda name, options: True)
+    monkeypatch.setattr(sys, "argv", ["suite.py", "--only", "lars", "--folder", str(tmp_path)])
+    suite.main()
+    assert "1 bench in 0 s" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_suite_asks_for_what_the_benches_accept(
     gpu: bool, script: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
@@ -185,7 +232,7 @@ def test_the_suite_asks_for_what_the_benches_accept(
         path, *words = suite.words_of(name, options)
         module = script(ROOT / path)
         monkeypatch.setattr(sys, "argv", [path, *words])
-        asked = sys.modules["record"].options_of(module.Options, "")
+        asked = sys.modules["record"].flags_of(module.Options, "")
         assert asked.out == str(ROOT / "runs" / "bench" / (f"{name}-gpu.json" if gpu else f"{name}.json"))
         assert not gpu or getattr(asked, "device", "auto") != "cpu"
         assert name not in suite.PHOTOGRAPHS or asked.data_path == "photos"

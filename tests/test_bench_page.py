@@ -71,6 +71,26 @@ def test_a_bar_is_met_missed_or_not_measured(names: dict[str, Any]) -> None:
     assert "2 met, 2 missed, 3 not measured" in page
 
 
+def test_ours_is_compared_with_others_of_the_same_run(names: dict[str, Any]) -> None:
+    brief = names["module_of"]("compare").brief
+    before, busy = kmeans(10.0, 5.0), kmeans(10.0, 5.0)
+    for one in busy["result"]["systems"].values():
+        one["seconds"], one["cpu_seconds"] = ([3 * x for x in one[key]] for key in ("seconds", "cpu_seconds"))
+    assert brief("kmeans", before, busy) == "kmeans: 4 ratios to others: 0 slower, 0 faster"
+    busy["result"]["systems"]["ours"]["seconds"] = [12.0]
+    told = brief("kmeans", before, busy)
+    assert told.startswith("kmeans: 4 ratios to others: 2 slower, 0 faster; most: systems / ours over ")
+    assert told.endswith(" / seconds, 2.00 x")
+    saves = committed("saves", names)
+    assert "6 times (nobody to compare ours with): 0 slower" in brief("saves", saves, saves)
+    assert brief("kmeans", before, {**before, "result": {}}) == "kmeans: nothing in common, not compared"
+
+
+def test_help_tells_what_the_page_is_made_of() -> None:
+    done = subprocess.run([sys.executable, str(BENCH / "readme.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "python bench/readme.py runs/bench" in done.stdout
+
+
 @pytest.mark.parametrize(("value", "most", "met"), [(2.0, True, True), (2.01, True, False), (2.0, False, True),
                                                     (1.99, False, False)])  # fmt: skip
 def test_a_bar_includes_its_limit(names: dict[str, Any], value: float, most: bool, met: bool) -> None:
@@ -215,6 +235,11 @@ def test_the_suite_writes_where_git_does_not_look_and_compares(
     suite.report(["kmeans"], options, {"kmeans-a": before, "kmeans_b-a": larger, "kmeans-c": other, "lars-a": before})
     said = capsys.readouterr().out
     assert [row[-1] for row in rows_of(said, "kmeans")] == ["met", "missed", *["not measured: no GPU yet"] * 2]
-    assert "slower: systems / faiss.Kmeans / seconds: 4000 -> 5000 ms (1.25 x)" in said
-    assert said.count(" since ") == 1 and "lars" not in said
+    since = said.partition("Beside the committed results")[2].splitlines()
+    assert since[4] == "kmeans since kmeans-a: 4 ratios to others: 0 slower, 2 faster" and since[5] == ""
+    assert said.count("kmeans since ") == 1 and "lars" not in said
+    suite.report(["kmeans"], options, {"kmeans-a": kmeans(10.0, 8.0)})
+    assert (
+        "4 ratios to others: 2 slower, 0 faster; most: systems / ours over faiss.Kmeans / " in capsys.readouterr().out
+    )
     assert "## kmeans-mine" in (tmp_path / "README.md").read_text()

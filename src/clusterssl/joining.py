@@ -53,11 +53,16 @@ def join(
     return World(place.rank, place.size, place.local_rank, chosen, place.launcher, notes)
 
 
+def require_gpu(flag: str, remedy: str) -> None:
+    """Raise `UserError`, with the flag that asks for a GPU and what to do instead, unless one is visible."""
+    if not torch.cuda.is_available():
+        raise UserError(f"{flag}: no GPU is visible to this process; {remedy}")
+
+
 def _device(name: str, local_rank: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no GPU is visible to this process; use --device cpu or auto")
+    require_gpu(f"--device {name}", "use --device cpu or auto")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

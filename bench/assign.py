@@ -115,8 +115,9 @@ def summary(result: dict[str, Any]) -> Summary:
         "What memory and time does assign.py need for many images, and does it find the copies?",
         f"the whole command, {result['images']:,} images",
         f"{result['images']:,} small JPEGs, {result['features']} features, {count(result['threads'], 'thread')}; "
-        "loader processes count.",
-        [Table(("", "time", "memory at its peak", "of that no file's"), rows)],
+        "memory of "
+        "loader processes included, pages that processes share counted once.",
+        [Table(("", "time", "memory at its peak", "peak without pages of files"), rows)],
         [Line("copies found", f"{copies}, in {count(result['groups'], 'group')}"),
          Line("memory at its peak", quantity(max(found["peak_mib"] for found in runs.values()), "MiB"))],
     )  # fmt: skip

@@ -24,7 +24,7 @@ import torch
 from gpu import IN_A_ROW
 from photos import folder_of_photos
 from record import options_of, write_result
-from summary import Bar, Line, Summary, against, count, quantity
+from summary import Bar, Line, Summary, against, count, often, quantity
 from timing import in_turns
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -138,7 +138,7 @@ def summary(result: dict[str, Any]) -> Summary:
         "What do colour, blur, flip and normalisation of an image's crops cost?",
         "ours; crop by crop, torchvision v2, kornia",
         f"2 x 224 + 6 x 96 px, {options['images']} images at once, "
-        f"{count(options['threads'], 'thread') if on_cpu else 'GPU'}; medians of {options['repeats']} (quartiles).",
+        f"{count(options['threads'], 'thread') if on_cpu else 'GPU'}; {often(options['repeats'])}.",
         [against(seconds, what="an image")],
         [line],
         "The share of a GPU's training step is told by `train_step`.",

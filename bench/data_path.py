@@ -29,7 +29,7 @@ import torch
 from photos import folder_of_photos
 from PIL import Image, ImageFilter
 from record import options_of, write_result
-from summary import Bar, Summary, Table, quantity, times
+from summary import Bar, Summary, Table, often, quantity, times
 from timing import in_turns
 from torchvision import transforms
 
@@ -191,7 +191,7 @@ def summary(result: dict[str, Any]) -> Summary:
         "What does an ImageNet photograph cost a loader worker, from the file to 2 x 224 + 6 x 96 crops?",
         "ours; published PIL pipeline, lightly, torchvision v2, albumentations, decoding alone",
         f"{options['images']} real photographs in the page cache, one thread; packed ones have a short side of "
-        f"{options['short_side']} px; medians of {options['repeats']} (quartiles). Ratios are those of CPU time.",
+        f"{options['short_side']} px; {often(options['repeats'])}. Ratios are those of CPU time.",
         [Table(head, rows)],
         [BARS["cost"].judge(ours["cpu"], f"published here: {quantity(table['published']['cpu'], 'ms')}"),
          BARS["published"].judge(ours["published_over_this"]), BARS["decoding"].judge(ours["over_decoding"]),

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from gpu import kernels, products_written
 from record import options_of, write_result
-from summary import GPU, Bar, Summary, Table, count, duration, times
+from summary import GPU, Bar, Summary, Table, count, duration, often, times
 from torch import Tensor
 
 from clusterssl import config as cfg
@@ -199,12 +199,11 @@ def summary(result: dict[str, Any]) -> Summary:
         judged.append(BARS["written"].judge(result["written"]))
     data = "rows around 2000 centres" if options["data"] == "groups" else "rows without any clusters"
     where = count(options["threads"], "thread") if on_cpu else "GPU"
-    often = "measured once" if options["repeats"] == 1 else f"medians of {options['repeats']}"
     return Summary(
         "How long does an iteration of spherical k-means take, and how good are the clusters?",
         f"ours; published loop, faiss; {options['rows']:,} rows, K = {options['clusters']:,}",
         f"{options['rows']:,} x {options['dim']}, {data}, K = {options['clusters']:,}, {options['iterations']} "
-        f"iterations, {where}; {often}.",
+        f"iterations, {where}; {often(options['repeats'], '')}.",
         [Table(("", "an iteration", "over ours", "CPU time", "over ours", "inertia over ours"), rows)],
         judged,
     )

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from photos import folder_of_photos
 from record import options_of, write_result
-from summary import Bar, Line, Summary, Table, count, number, percent, quantity, times
+from summary import Bar, Line, Summary, Table, between, count, number, often, percent, quantity, times
 
 from clusterssl import config as cfg
 from clusterssl.data import Loader, MultiCrop, Source, open_source
@@ -74,7 +74,8 @@ def summary(result: dict[str, Any]) -> Summary:
     """The result in words."""
     options, rows = result["options"], result["rows"]
     table = [
-        (row["workers"], f"{number(row['images_per_s'])} ({_range(row['all_images_per_s'])})",
+        (row["workers"],
+         number(row["images_per_s"]) + between(*(pick(row["all_images_per_s"]) for pick in (min, max))),
          times(row["per_worker_over_first"]), percent(row["main_process_share"]),
          quantity(row["main_process_ms_per_image"], "ms"))
         for row in rows
@@ -90,14 +91,10 @@ def summary(result: dict[str, Any]) -> Summary:
         "Do more loader workers load as many times more, and what does the main process pay?",
         "ours with 1, 2 ... workers",
         f"Real photographs, batches of {options['batch_size']} x (2 x 224 + 6 x 96) crops, {result['cores']} cores; "
-        f"medians of {options['repeats']} (least to most).",
+        f"{often(options['repeats'], 'least to most')}.",
         [Table(("workers", "images/s", "a worker over the first row's", "main process of a core", "an image"), table)],
         lines,
     )
-
-
-def _range(values: list[float]) -> str:
-    return f"{number(min(values))} to {number(max(values))}"
 
 
 def main() -> None:

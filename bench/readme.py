@@ -128,7 +128,8 @@ def page(results: dict[str, dict[str, Any]], names: list[str], folder: str = "")
     lines = [
         "# Measurements",
         "Written by `python bench/readme.py`. How each was measured, and what the others are, stands at the head of "
-        "the script that its command names.",
+        "the script that its command names. Commands stand as they were run: their folders outside the repository are "
+        "those of the machine.",
         f"Oldest result: `{oldest}`, {first}. Newest: `{newest}`, {last}.",
         f"{standing(table)} \"None\": no bar was set.",
         str(table),

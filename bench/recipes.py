@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from record import options_of, write_result
-from summary import Line, Summary, Table, count, duration, quantity
+from summary import Line, Summary, Table, between, count, duration, quantity
 from trained import ROOT, accuracies, better, run_with_costs, untrained
 
 from clusterssl import config as cfg
@@ -193,7 +193,7 @@ def summary(result: dict[str, Any]) -> Summary:
     rows = []
     for name, row in means.items():
         single = [found[name] for found in seeds]
-        cells = [f"{row[key]:.1f} % ({min(x[key] for x in single):.1f} to {max(x[key] for x in single):.1f})"
+        cells = [f"{row[key]:.1f} %" + between(*(pick(x[key] for x in single) for pick in (min, max)), "{:.1f}".format)
                  for key in ("knn", "linear")]  # fmt: skip
         trained = "cpu_seconds" in row
         costs = (duration(row["cpu_seconds"], "s"), quantity(row["memory_mib"], "MiB")) if trained else ("", "")
@@ -204,7 +204,7 @@ def summary(result: dict[str, Any]) -> Summary:
         f"What does the recipe {result['preset']} learn, beside the same network untrained and trained on labels?",
         f"{', '.join(means)}; recipe {result['preset']}",
         f"{images['train']:,} training images, {images['held_back']:,} held back; k-NN (k = 20) and a linear probe, "
-        f"mean of {told} (least to most).",
+        f"mean of {told}{' (least to most)' * (len(seeds) > 1)}.",
         [Table(("network", "k-NN", "linear", "CPU time", "memory", "seeds"), rows)],
         [Line(f"ours above {name}, linear", f"{means['ours']['linear'] - means[name]['linear']:+.1f} points ({told})")
          for name in others]

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from record import options_of, write_result
-from summary import Line, Summary, Table, count, number, quantity, times
+from summary import Line, Summary, Table, between, count, number, often, quantity, times
 
 from clusterssl import config as cfg
 from clusterssl.data import Loader, MultiCrop, Source, open_source, reside
@@ -114,8 +114,8 @@ def summary(result: dict[str, Any]) -> Summary:
     first = found["--cache device"]
     rows = []
     for name, one in found.items():
-        low, high = (number(pick(one["all_images_per_s"])) for pick in (min, max))
-        rows.append((name, f"{number(one['images_per_s'])} ({low} to {high})",
+        low, high = (pick(one["all_images_per_s"]) for pick in (min, max))
+        rows.append((name, number(one["images_per_s"]) + between(low, high),
                      times(one["images_per_s"] / first["images_per_s"]),
                      quantity(one["processor_ms_per_image"], "ms")))  # fmt: skip
     best = max((name for name in found if "worker" in name or "process" in name),
@@ -125,7 +125,7 @@ def summary(result: dict[str, Any]) -> Summary:
         "Does it pay to keep small images on the training device and cut the crops there?",
         f"--cache device; loader workers, the training process; {data}, {options['device']}",
         f"{data}, 2 crops of {options['side']} px, batches of {options['batch_size']}, {options['device']}, "
-        f"{count(options['threads'], 'thread')}; medians of {options['repeats']} (least to most).",
+        f"{count(options['threads'], 'thread')}; {often(options['repeats'], 'least to most')}.",
         [Table(("", "images/s", "over --cache device", "processor time an image"), rows)],
         [Line(f"images/s of --cache device over the best loader's ({best})",
               times(first["images_per_s"] / found[best]["images_per_s"]))],

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from record import options_of, write_result
-from summary import Bar, Summary, Table, duration, percent, quantity, times
+from summary import MEGABYTES, Bar, Summary, Table, duration, often, percent, quantity, times
 
 from clusterssl import checkpoint
 from clusterssl import config as cfg
@@ -127,8 +127,9 @@ def summary(result: dict[str, Any]) -> Summary:
         "How long does a checkpoint hold up training?",
         "saves in the background; saves that are waited for",
         f"ResNet-50 with its momenta and a memory bank of {options['rows']:,} images: "
-        f"{quantity(options['megabytes'], 'MB')}; steps of {duration(options['step_s'])}, {options['device']}; medians "
-        f"of {options['repeats']} windows of {options['steps']} steps, less those without a save.",
+        f"{quantity(options['megabytes'] * MEGABYTES, 'MiB')}; steps of {duration(options['step_s'])}, "
+        f"{options['device']}; {often(options['repeats'], '')}, windows of {options['steps']} steps less those without "
+        "a save.",
         [Table(head, rows)],
         [BARS["epoch"].judge(100 * ours["share_of_epoch"])],
     )

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from ranks import on_ranks
 from record import options_of, write_result
-from summary import Bar, Line, Summary, Table, duration, number, percent, quantity, times
+from summary import MEGABYTES, Bar, Line, Summary, Table, between, duration, number, percent, quantity, times
 from torch.utils.flop_counter import FlopCounterMode
 
 from clusterssl import config as cfg
@@ -63,7 +63,9 @@ SMALL = [
     *("--data_path", "synthetic:1024:36x36", "--nmb_crops", "2", "--size_crops", "32", "--arch", "conv4"),
     *("--nmb_prototypes", "300", "--workers", "0", "--log_freq", "4", "--device", "cpu", "--epochs", "2"),
 ]
-BARS = {"own": Bar("the method's own messages at 64 GPUs, most of all methods", 2, "% of the step", most=True)}
+BARS = {
+    "own": Bar("the method's own messages at 64 GPUs, the largest share of all methods", 2, "% of the step", most=True)
+}
 
 
 @dataclass(frozen=True)
@@ -168,11 +170,11 @@ def w5_memory(batches: Sequence[int]) -> list[dict[str, Any]]:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Ranks measured here, shares of the modelled step, and memory of the w5 network."""
-    found = []
+    found, rows = [], []
     if "measured" in result:
-        rows = [(ranks, f"{number(one['median_images_per_s'])} ({number(min(one['images_per_s']))} to "
-                 f"{number(max(one['images_per_s']))})", times(one["over_first"]))
-                for ranks, one in result["measured"].items()]  # fmt: skip
+        for ranks, one in result["measured"].items():
+            low, high = (pick(one["images_per_s"]) for pick in (min, max))
+            rows.append((ranks, number(one["median_images_per_s"]) + between(low, high), times(one["over_first"])))
         found.append(Table(("ranks", "images/s of all", "over the first"), rows, "Measured, gloo on shared cores:"))
     model = result["model"]
     gpus = [row["gpus"] for row in next(iter(model.values()))]
@@ -185,7 +187,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     title = "Computed: own messages of a step, and their share of it:"
     found.append(Table(("method", "step alone", *(f"{n} GPUs" for n in gpus)), rows, title))
     keys = ("parameters", "gradients", "optimiser")
-    rows = [(row["batch_size"], quantity(row["peak_gb"], "GB"), quantity(sum(row[key] for key in keys), "GB"))
+    rows = [(row["batch_size"], *(quantity(1e3 * MEGABYTES * gigabytes, "MiB")
+                                for gigabytes in (row["peak_gb"], sum(row[key] for key in keys))))
             for row in result["w5"]]  # fmt: skip
     title = "Counted: RN50w5, 2 x 224 + 4 x 96 px, bf16, on one of 64 GPUs, without CUDA's context and fragmentation:"
     return [*found, Table(("images of a rank", "peak memory", "weights, gradients, momentum"), rows, title)]

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from gpu import IN_A_ROW, kernels
 from ranks import on_ranks
 from record import options_of, write_result
-from summary import GPU, Bar, Line, Summary, Table, count, duration, spread, times
+from summary import GPU, Bar, Line, Summary, Table, count, duration, often, spread, times
 from timing import in_turns
 from torch import Tensor
 
@@ -42,15 +42,21 @@ COPY = "copying the scores"
 CACHE = 64 * 2**20
 """bytes, more than a GPU's last cache has"""
 BARS = {
-    "every": Bar("published form's time over ours, least of all sizes", 2.2),
-    "small": Bar("published form's time over ours, least up to B = 2048", 3.5),
+    "every": Bar("published form's time over ours, the smallest ratio over all ranks and B", 2.2),
+    "small": Bar("published form's time over ours, the smallest ratio over all ranks and B up to 2048", 3.5),
     "floor": Bar(
-        "time on a GPU over that of reading scores that its cache cannot hold 2 x iterations + 2 times",
+        "time on a GPU over that of reading the scores 2 x iterations + 2 times, scores larger than its cache",
         1.5,
         most=True,
         needs=GPU,
     ),
-    "launches": Bar("numbers of launches on a GPU that occur over all B", 1, "", most=True, needs=GPU),
+    "launches": Bar(
+        "how many different numbers of kernels the batch sizes launch on a GPU; 1: all B the same",
+        1,
+        "",
+        most=True,
+        needs=GPU,
+    ),
 }
 
 
@@ -171,7 +177,8 @@ def judged(options: dict[str, Any], rows: list[dict[str, Any]]) -> list[Line]:
     for key, most in (("every", max(row["batch"] for row in rows)), ("small", 2048)):
         if of_size := [row for row in rows if row["batch"] <= most]:
             least = min(of_size, key=lambda row: row["published_over_ours"])
-            place = f"{count(least['ranks'], 'rank')}, B = {least['batch']}"
+            sizes = [row["batch"] for row in of_size]
+            place = f"{count(least['ranks'], 'rank')}, B = {least['batch']}; rows of B = {min(sizes)} to {max(sizes)}"
             lines.append(BARS[key].judge(least["published_over_ours"], place))
     return lines
 
@@ -190,8 +197,8 @@ def summary(result: dict[str, Any]) -> Summary:
         "How long does SwAV's assignment of a batch take, and how much longer does it take others?",
         "ours; published formula, log domain, lightly",
         f"{options['crops']} crops of B images, K = {options['prototypes']}, {options['iterations']} iterations, "
-        f"{options['device']}; one rank has {count(options['threads'], 'thread')}, several have one each. Medians of "
-        f"{options['repeats']} (quartiles); behind the others' time how many times ours it is.",
+        f"{options['device']}; one rank has {count(options['threads'], 'thread')}, several have one each; "
+        f"{often(options['repeats'])}; behind the others' time how many times ours it is.",
         [Table(("ranks", "B", "ours", *peers), table)],
         judged(options, rows),
         '"ours" takes the memory of the scores, as training does; "ours, kept" leaves them.',

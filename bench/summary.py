@@ -6,12 +6,14 @@ its summary at its end; `readme.py` makes the page of the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 GPU = "no GPU yet"
 """why a bar has not been measured"""
+MEGABYTES = 1e6 / 2**20
+"""one in MiB, in which all memory is told"""
 FACTORS = {"us": 1e6, "ms": 1e3, "s": 1.0, "min": 1 / 60}
 
 
@@ -32,8 +34,18 @@ def duration(seconds: float, unit: str = "ms") -> str:
 
 def spread(one: Mapping[str, float], unit: str = "ms") -> str:
     """Median and quartiles of seconds."""
-    low, high = (number(FACTORS[unit] * one[key]) for key in ("low", "high"))
-    return f"{duration(one['median'], unit)} ({low} to {high})"
+    low, high = (FACTORS[unit] * one[key] for key in ("low", "high"))
+    return duration(one["median"], unit) + between(low, high)
+
+
+def between(low: float, high: float, show: Callable[[float], str] = number) -> str:
+    """` (1.00 to 2.00)`; nothing for what was measured once."""
+    return "" if low == high else f" ({show(low)} to {show(high)})"
+
+
+def often(repeats: int, told: str = "quartiles") -> str:
+    """What the figures are: `medians of 5 (quartiles)`."""
+    return "measured once" if repeats == 1 else f"medians of {repeats:,}" + (f" ({told})" if told else "")
 
 
 def times(ratio: float) -> str:
@@ -78,7 +90,11 @@ class Bar:
     """why there may be no result"""
 
     def __str__(self) -> str:
-        return f"at {'most' if self.most else 'least'} {self.limit:g} {self.unit}".rstrip()
+        return f"at {'most' if self.most else 'least'} {self._limit} {self.unit}".rstrip()
+
+    @property
+    def _limit(self) -> str:
+        return f"{self.limit:,.0f}" if self.limit >= 1000 else f"{self.limit:g}"
 
     def judge(self, value: float, more: str = "") -> Line:
         """The line of a measured value in this bar's unit, `more` told behind it."""

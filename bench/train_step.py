@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from gpu import IN_A_ROW, memory, never_waits
 from record import options_of, write_result
 from sinkhorn import published
-from summary import GPU, Bar, Line, Summary, Table, count, quantity, spread, times
+from summary import GPU, Bar, Line, Summary, Table, count, often, quantity, spread, times
 from timing import in_turns
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -237,7 +237,7 @@ def summary(result: dict[str, Any]) -> Summary:
     options, found = result["options"], result["steps"]
     rows = [
         (name, spread(one), times(one["median"] / found["ours"]["median"]), quantity(one["images_per_s"], ""),
-         *([f"{result['gib'][name]:.2f} GiB"] if "gib" in result else []))
+         *([quantity(1024 * result["gib"][name], "MiB")] if "gib" in result else []))
         for name, one in found.items()
     ]  # fmt: skip
     crops = " + ".join(f"{n} x {side}" for n, side in zip(options["nmb_crops"], options["size_crops"], strict=True))
@@ -248,7 +248,7 @@ def summary(result: dict[str, Any]) -> Summary:
     return Summary(
         "How much of what the hardware allows does a training step reach, and how long do others' steps take?",
         f"ours; {peers}; {how}",
-        f"{how}; {threads if options['device'] == 'cpu' else 'GPU'}; medians of {options['repeats']} (quartiles).",
+        f"{how}; {threads if options['device'] == 'cpu' else 'GPU'}; {often(options['repeats'])}.",
         [Table(("", "a step", "over ours", "images/s", *(["memory"] if "gib" in result else [])), rows)],
         judged(result),
         '"bare" is forward and backward pass without loss, optimiser or augmentation; "eager" the published step.',

@@ -106,6 +106,40 @@ def test_numbers_keep_three_digits(names: dict[str, Any]) -> None:
     assert duration(150.0, "min") == "2.50 min"
 
 
+def test_what_was_measured_once_has_no_spread_and_large_numbers_have_separators(names: dict[str, Any]) -> None:
+    summary = sys.modules["summary"]
+    one = {"median": 0.0885, "low": 0.0885, "high": 0.0885}
+    assert summary.spread(one) == "88.5 ms" and summary.spread({**one, "low": 0.08}) == "88.5 ms (80.0 to 88.5)"
+    assert [summary.often(n) for n in (1, 3)] == ["measured once", "medians of 3 (quartiles)"]
+    assert summary.often(5, "") == "medians of 5"
+    assert str(summary.Bar("", 3814.7, "MiB", most=True)) == "at most 3,815 MiB"
+    assert [str(summary.Bar("", limit)) for limit in (1.25, 2)] == ["at least 1.25 x", "at least 2 x"]
+    lars = committed("lars", names, repeats=1)
+    for update in lars["result"]["update"].values():
+        update |= {"low": update["median"], "high": update["median"]}
+    page = names["page"]({"lars-x": lars}, [])
+    assert "; measured once." in page and not any(" to " in cell for row in rows_of(page, "ours") for cell in row)
+
+
+def test_the_two_bars_of_the_assignment_say_which_sizes_they_are_of(names: dict[str, Any]) -> None:
+    found = committed("sinkhorn", names)
+    for row in found["result"]["rows"]:
+        row["published_over_ours"] = row["batch"] / 256 + row["ranks"]
+    every, small = (line.figure for line in names["told"]("sinkhorn", found).lines)
+    assert every == "2.00 x (1 rank, B = 256; rows of B = 256 to 8192)"
+    assert small == "2.00 x (1 rank, B = 256; rows of B = 256 to 2048)"
+
+
+def test_all_memory_of_the_page_has_one_unit(names: dict[str, Any]) -> None:
+    page = names["page"](names["all_of"](BENCH / "results"), names["benches"]())
+    assert " MiB" in page and not [unit for unit in (" MB", " GB", " GiB", " KiB") if unit in page]
+    saves, search = committed("saves", names, megabytes=1.048576), committed("knn", names)
+    assert "images: 1.00 MiB;" in str(names["told"]("saves", saves))
+    for formula, met in ((3814.6, "met"), (3814.7, "missed")):
+        search["result"]["memory"]["imagenet_formula_mib"] = formula
+        assert verdicts(names, "knn", search)[1] == ("3,815 MiB", met)
+
+
 def test_the_page_names_the_oldest_and_newest_result(names: dict[str, Any]) -> None:
     undated = {key: value for key, value in kmeans(3.0, 3.0).items() if key != "date"}
     older = {**undated, "commit_date": "2023-01-01"}

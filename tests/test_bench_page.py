@@ -118,6 +118,7 @@ def test_what_was_measured_once_has_no_spread_and_large_numbers_have_separators(
     for update in lars["result"]["update"].values():
         update |= {"low": update["median"], "high": update["median"]}
     page = names["page"]({"lars-x": lars}, [])
+    assert "PyTorch's SGD, foreach and loop" in page
     assert "; measured once." in page and not any(" to " in cell for row in rows_of(page, "ours") for cell in row)
 
 

@@ -96,7 +96,10 @@ def _helps(cls: type) -> dict[str, str]:
     return found
 
 
-def parse(cls: type[C], argv: Sequence[str] | None = None, *, description: str = "", default: C | None = None) -> C:
+def parse(
+    cls: type[C], argv: Sequence[str] | None = None, *, description: str = "", default: C | None = None,
+    usage: str | None = None,
+) -> C:  # fmt: skip
     """Read a command line.
 
     Args:
@@ -104,6 +107,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, *, description: str =
         argv: words after the program's name; those of this process when None.
         description: first lines of `--help`.
         default: values of the flags that are not given; `cls()` when None.
+        usage: first line of `--help`, where more than flags are to be given.
 
     Raises:
         UserError: an unknown flag (with the nearest names), a value of the wrong kind, or values that contradict.
@@ -111,7 +115,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, *, description: str =
     words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     start = cls() if default is None else default
     known = {flag.name: flag for flag in flags(start)}
-    parser = _parser(list(known.values()), description)
+    parser = _parser(list(known.values()), description, usage)
     given, left = parser.parse_known_args(words)
     if left:
         raise UserError(unknown(left[0], [name for name in known if not known[name].help.startswith(IGNORED)]))
@@ -150,8 +154,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(" ".join(message.split()).removeprefix("argument "))
 
 
-def _parser(known: list[Flag], description: str) -> argparse.ArgumentParser:
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser(known: list[Flag], description: str, usage: str | None) -> argparse.ArgumentParser:
+    how = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=description, usage=usage, allow_abbrev=False, formatter_class=how)
     groups: dict[tuple[str, ...], Any] = {}
     for flag in known:
         place = flag.path[:-1]

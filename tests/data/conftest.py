@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clusterssl.data.pack import PackOptions, pack
+
 _COUNT = 16
+FIVE = PackOptions(shard_images=5, workers=1)
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +48,10 @@ def tree(tmp_path: Path) -> Path:
             pixels = rng.integers(0, 256, (40 + 10 * c, 50 + 3 * i, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
     return tmp_path / "tree"
+
+
+@pytest.fixture
+def packed(tree: Path, tmp_path: Path) -> Path:
+    """The twelve pictures of `tree` in three shards."""
+    pack(tree, tmp_path / "packed", FIVE)
+    return tmp_path / "packed"

@@ -70,7 +70,7 @@ def _answer(end: connection.Connection, process: Any) -> int:
         raise UserError(
             "a process that packs was killed, maybe for its memory; run the same command again, with fewer --workers"
         ) from None
-    if isinstance(answer, UserError):
+    if isinstance(answer, Exception):
         raise answer
     return int(answer)
 
@@ -82,7 +82,7 @@ def _serve(end: connection.Connection, task: Callable[[int], int]) -> None:
     while True:
         try:
             end.send(task(end.recv()))
-        except UserError as error:
+        except (UserError, OSError) as error:
             end.send(error)
 
 

@@ -5,7 +5,8 @@
 
 A folder that holds several of train/, val/ and test/ is packed split by split. Without --short_side files are copied
 byte by byte: training on either gives the same crops. Killed, the same command goes on with the next shard; on packed
-images it compares every shard with its hash. See `packed.py` for what is written.
+images it compares every shard and the index with their hashes and writes anew what is missing or damaged. See
+`packed.py` for what is written.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from clusterssl import config as cfg
 from clusterssl import pulse
 from clusterssl.data.crew import done_by
 from clusterssl.data.listing import Listing, list_file, list_folder
-from clusterssl.data.packed import INDEX, RECORD, shard_name
-from clusterssl.data.shards import check, note_of, write_shard
+from clusterssl.data.packed import INDEX, RECORD, is_packed, read_index, read_record, shard_name
+from clusterssl.data.shards import fault, note_of, note_places, write_shard
 from clusterssl.errors import Stopped, UserError
 from clusterssl.files import atomic_write, first_line
+from clusterssl.log import counted
 from clusterssl.preemption import STOP_SIGNALS, StopRequest
 
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
+_USAGE = "python -m clusterssl.data.pack SRC DST [--flags]"
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,21 @@ class PackOptions:
 
 
 def pack(source: str | Path, target: str | Path, options: PackOptions = PackOptions()) -> None:
-    """Pack a folder or list of images, or verify what was packed before.
+    """Pack a folder or list of images, or verify and mend what was packed before.
 
     Raises:
-        UserError: no images, a file that cannot be read, other images or options than a pack begun here has, or a shard
-            that does not match its hash.
+        UserError: no images, a file that cannot be read, other images or options than a pack begun here has, or a
+            damaged record.
+        Stopped: what `pulse.poll` raised; whole shards stay.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise UserError(f"{target}: lies inside the images to pack; name another folder")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: is a file; name a folder for the packed images")
     for split in _splits(source, options.splits):
+        if source.is_dir() and is_packed(source / split):
+            raise UserError(f"{source / split}: is packed already; give it as --data_path, or name the original images")
         listing = list_file(source) if source.is_file() else list_folder(source / split)
         try:
             _pack_split(listing, target / split, options)
@@ -100,14 +108,16 @@ def _pack_split(listing: Listing, folder: Path, options: PackOptions) -> None:
         "shard_images": options.shard_images,
     }  # fmt: skip
     if (folder / RECORD).is_file():
-        _compare(about, json.loads((folder / RECORD).read_text(encoding="utf-8")), folder)
-        verify(folder)
-        return
+        record = read_record(folder)
+        _compare(about, record, folder)
+        if _verified(folder, about, record):
+            return
     folder.mkdir(parents=True, exist_ok=True)
     for torn in folder.glob(".*.tmp"):
         torn.unlink()
     missing = [number for number in range(count) if not _is_done(folder, number, about)]
-    logger.info("%s: %d images, %d of %d shards to write", folder, len(listing.labels), len(missing), count)
+    images, shards = counted(len(listing.labels), "image"), counted(count, "shard")
+    logger.info("%s: %s, %d of %s to write", folder, images, len(missing), shards)
     workers = options.workers or min(os.cpu_count() or 1, 8)
     for number in done_by(workers, partial(write_shard, listing, folder, about), missing):
         logger.info("%s written", folder / shard_name(number))
@@ -125,23 +135,39 @@ def _finish(listing: Listing, folder: Path, about: dict[str, Any], count: int) -
         "name_ends": listing.names.ends[: len(listing.labels)],
     }  # fmt: skip
     atomic_write(folder / INDEX, lambda file: np.savez(file, **arrays))
-    record = {**about, "shards": {shard_name(number): note["sha256"] for number, note in enumerate(notes)}}
+    shards = {shard_name(number): note["sha256"] for number, note in enumerate(notes)}
+    record = {**about, "index_sha256": _index_hash(arrays), "shards": shards}
     atomic_write(folder / RECORD, lambda file: file.write(json.dumps(record, indent=1).encode() + b"\n"))
     for number in range(count):
         note_of(folder, number).unlink()
-    logger.info("%s: %d images in %d shards", folder, about["images"], count)
+    logger.info("%s: %s in %s", folder, counted(about["images"], "image"), counted(count, "shard"))
 
 
-def verify(folder: Path) -> None:
-    """Compare every shard with its hash.
+def _verified(folder: Path, about: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether a finished pack is as it was written; if not, it is unfinished again but for its whole shards."""
+    wrong = {name: fault(folder / name, digest) for name, digest in record["shards"].items()}
+    try:
+        whole_index = _index_hash(read_index(folder)) == record.get("index_sha256")
+    except UserError:
+        whole_index = False
+    images, shards = counted(about["images"], "image"), counted(len(wrong), "shard")
+    if whole_index and not any(wrong.values()):
+        logger.info("%s: %s in %s, all as written", folder, images, shards)
+        return True
+    if not whole_index:
+        logger.warning("%s: missing or damaged, is written anew", folder / INDEX)
+    for number, (name, digest) in enumerate(record["shards"].items()):
+        if wrong[name]:
+            logger.warning("%s: %s, is written anew", folder / name, wrong[name])
+        else:
+            note_places(folder, about, number, digest)
+    (folder / RECORD).unlink()
+    return False
 
-    Raises:
-        UserError: one is missing or has changed.
-    """
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    for name, digest in record["shards"].items():
-        check(folder / name, digest)
-    logger.info("%s: %d images in %d shards, all as written", folder, record["images"], len(record["shards"]))
+
+def _index_hash(arrays: dict[str, Any]) -> str:
+    """Of the contents: a file of arrays holds its time, too."""
+    return hashlib.sha256(b"".join(name.encode() + arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
 
 
 def _hash(listing: Listing) -> str:
@@ -150,13 +176,16 @@ def _hash(listing: Listing) -> str:
 
 def _is_done(folder: Path, number: int, about: dict[str, Any]) -> bool:
     """Whether a shard was written before, whole and of the same images."""
-    path = note_of(folder, number)
-    if not path.is_file():
+    try:
+        note = json.loads(note_of(folder, number).read_text(encoding="utf-8"))
+        before, digest = note["about"], note["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    note = json.loads(path.read_text(encoding="utf-8"))
-    _compare(about, note["about"], folder)
-    check(folder / shard_name(number), note["sha256"])
-    return True
+    _compare(about, before, folder)
+    wrong = fault(folder / shard_name(number), digest)
+    if wrong:
+        logger.warning("%s: %s, is written anew", folder / shard_name(number), wrong)
+    return not wrong
 
 
 def _compare(about: dict[str, Any], before: dict[str, Any], folder: Path) -> None:
@@ -171,8 +200,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = sys.argv[1:]
     paths = words[: next((i for i, word in enumerate(words) if word.startswith("-")), len(words))]
-    options = cfg.parse(PackOptions, words[len(paths) :], description=__doc__)
-    cfg.require(len(paths) == 2, "name two folders: python -m clusterssl.data.pack SRC DST")
+    helped = any(word in ("-h", "--help") for word in words)
+    cfg.require(len(paths) == 2 or helped, f"put the two folders first: {_USAGE}")
+    options = cfg.parse(PackOptions, words[len(paths) :], description=__doc__, usage=_USAGE)
+    reencoded = options.short_side > 0 or not cfg.gives(words, "quality")
+    cfg.require(reencoded, "--quality: files stay as they are without --short_side; give --short_side 256, say, too")
     with StopRequest(STOP_SIGNALS) as request, pulse.polled(lambda: _end_if_asked(request)):
         pack(paths[0], paths[1], options)
 

@@ -26,6 +26,8 @@ from clusterssl.data.patience import PATIENCE_S, load_patiently
 from clusterssl.errors import UserError
 
 RECORD, INDEX = "pack.json", "index.npz"
+AGAIN = "the same python -m clusterssl.data.pack again"
+_ARRAYS = ("labels", "shard", "offset", "size", "names", "name_ends")
 _OPEN_FILES = 128
 
 
@@ -42,9 +44,42 @@ def is_packed(folder: Path) -> bool:
     """
     if (folder / RECORD).is_file():
         return True
-    if any(folder.glob("*.tar.json")):
-        raise UserError(f"{folder}: packing was not finished; run the same python -m clusterssl.data.pack again")
+    if any(folder.glob("*.tar.json")) or all((folder / name).is_file() for name in (INDEX, shard_name(0))):
+        raise UserError(f"{folder}: packing was not finished; run {AGAIN}")
     return False
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What was packed.
+
+    Raises:
+        UserError: unreadable, or not what was written.
+    """
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); see to its folder") from error
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("shards"), dict) or "classes" not in record:
+        raise UserError(f"{path}: damaged; remove it and run {AGAIN}, which writes all shards anew")
+    return record
+
+
+def read_index(folder: Path) -> dict[str, NDArray[Any]]:
+    """Arrays of the index.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    path = folder / INDEX
+    try:
+        with np.load(path) as index:
+            return {name: index[name] for name in _ARRAYS}
+    except Exception as error:  # damage can show anywhere inside the reader, whose advice would be wrong
+        wrong = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise UserError(f"{path}: {wrong}; run {AGAIN}, which writes it anew") from error
 
 
 class PackedSource:
@@ -59,20 +94,16 @@ class PackedSource:
             patience_s: seconds to wait for a file system that is out of reach.
 
         Raises:
-            UserError: unreadable index, or of another version.
+            UserError: a damaged record or index, or a shard that is missing or truncated.
         """
         self.folder = folder
-        try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            with np.load(folder / INDEX) as index:
-                arrays = {name: index[name] for name in index.files}
-            self.classes: list[str] = record["classes"]
-            kept = slice(None if limit < 0 else limit)
-            self.labels: NDArray[np.int64] = arrays["labels"][kept]
-            self._shard, self._offset, self._size = (arrays[name][kept] for name in ("shard", "offset", "size"))
-            self._names = Names.of_bytes(str(folder), arrays["names"].tobytes(), arrays["name_ends"])
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder}: the index of the packed images cannot be read ({error}); pack again") from error
+        record, arrays = read_record(folder), read_index(folder)
+        self.classes: list[str] = record["classes"]
+        kept = slice(None if limit < 0 else limit)
+        self.labels: NDArray[np.int64] = arrays["labels"][kept]
+        self._shard, self._offset, self._size = (arrays[name][kept] for name in ("shard", "offset", "size"))
+        self._names = Names.of_bytes(str(folder), arrays["names"].tobytes(), arrays["name_ends"])
+        self._require_sizes()
         self._patience_s = patience_s
         self._files: OrderedDict[int, int] = OrderedDict()
 
@@ -92,8 +123,31 @@ class PackedSource:
         return decode(self.read(i))
 
     def read(self, i: int) -> NDArray[np.uint8]:
-        """Bytes of the file of image i, uint8 [n]."""
-        return load_patiently(lambda: self._read(i), str(self.folder), self._patience_s)
+        """Bytes of the file of image i, uint8 [n].
+
+        Raises:
+            UserError: its shard is missing, truncated or unreadable, which is no matter of one image.
+        """
+        try:
+            return load_patiently(lambda: self._read(i), str(self.folder), self._patience_s)
+        except BadImageError as error:
+            raise self._damaged(int(self._shard[i]), str(error)) from error
+
+    def _require_sizes(self) -> None:
+        """Raise UserError for a shard that ends before its last image."""
+        ends = np.zeros(int(self._shard.max(initial=-1)) + 1, dtype=np.int64)
+        np.maximum.at(ends, self._shard, self._offset + self._size)
+        for shard, end in enumerate(ends.tolist()):
+            try:
+                if (self.folder / shard_name(shard)).stat().st_size < end:
+                    raise self._damaged(shard, "truncated")
+            except FileNotFoundError:
+                raise self._damaged(shard, "missing") from None
+            except OSError:  # out of reach: reading waits for it
+                return
+
+    def _damaged(self, shard: int, wrong: str) -> UserError:
+        return UserError(f"{self.folder / shard_name(shard)}: {wrong}; run {AGAIN}, which writes this shard anew")
 
     def _read(self, i: int) -> NDArray[np.uint8]:
         data = np.empty(int(self._size[i]), dtype=np.uint8)
@@ -106,9 +160,9 @@ class PackedSource:
                     break
         except OSError as error:
             self._close(shard)  # a file handle may be stale where the file is not
-            raise BadImageError(f"{shard_name(shard)} cannot be read: {error.strerror or error}") from error
+            raise BadImageError(f"cannot be read ({error.strerror or error})") from error
         if count != len(data):
-            raise BadImageError(f"{shard_name(shard)} is truncated")
+            raise BadImageError("truncated")
         return data
 
     def _file(self, shard: int) -> int:

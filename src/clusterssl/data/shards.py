@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from clusterssl import pulse
 from clusterssl.data.decode import BadImageError, decode, jpeg_frame
 from clusterssl.data.listing import Listing
-from clusterssl.data.packed import RECORD, shard_name
+from clusterssl.data.packed import shard_name
 from clusterssl.errors import UserError
 from clusterssl.files import atomic_write
 
@@ -47,9 +47,10 @@ def write_shard(listing: Listing, folder: Path, about: dict[str, Any], number: i
 
     atomic_write(path, write)
     digest = hashed.digest.hexdigest()
-    check(path, digest)
-    note = {"about": about, "sha256": digest, "places": places}
-    atomic_write(note_of(folder, number), lambda file: file.write(json.dumps(note).encode()))
+    wrong = fault(path, digest)
+    if wrong:
+        raise UserError(f"{path}: {wrong} as soon as it was written, the disk may be failing; pack into another folder")
+    _note(folder, about, number, digest, places)
     return number
 
 
@@ -114,7 +115,8 @@ def note_of(folder: Path, number: int) -> Path:
     return folder / f"{shard_name(number)}.json"
 
 
-def check(path: Path, digest: str) -> None:
+def fault(path: Path, digest: str) -> str:
+    """What is wrong with a shard whose SHA-256 was `digest`; empty: nothing."""
     try:
         with path.open("rb") as file:
             found = hashlib.sha256()
@@ -122,6 +124,17 @@ def check(path: Path, digest: str) -> None:
                 pulse.poll()
                 found.update(block)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); pack into another folder") from error
-    if found.hexdigest() != digest:
-        raise UserError(f"{path}: differs from what was written; remove {path.parent / RECORD} and it, and pack again")
+        return "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    return "" if found.hexdigest() == digest else "damaged"
+
+
+def note_places(folder: Path, about: dict[str, Any], number: int, digest: str) -> None:
+    """Write anew the note of a whole shard."""
+    with tarfile.open(folder / shard_name(number), "r:") as tar:
+        places = [(member.offset_data, member.size) for member in tar if not member.name.endswith(".cls")]
+    _note(folder, about, number, digest, places)
+
+
+def _note(folder: Path, about: dict[str, Any], number: int, digest: str, places: list[tuple[int, int]]) -> None:
+    note = {"about": about, "sha256": digest, "places": places}
+    atomic_write(note_of(folder, number), lambda file: file.write(json.dumps(note).encode()))

@@ -14,13 +14,14 @@ from tests.launch import ROOT
 
 
 def importing(tmp_path: Path, script: str, ignored: signal.Signals | None = None) -> subprocess.Popen[str]:
-    """A script that has begun to import torch."""
+    """A script, or module, that has begun to import torch."""
     slow = tmp_path / "slow" / "torch"
     slow.mkdir(parents=True)
     (slow / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    what = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / script), "--dump_path", "run"], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(tmp_path / "slow")},
+        [sys.executable, *what, "--dump_path", "run"], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": f"{tmp_path / 'slow'}:{ROOT / 'src'}"},
         preexec_fn=(lambda: signal.signal(ignored, signal.SIG_IGN)) if ignored else None,  # type: ignore[arg-type]
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "importing\n"
@@ -30,7 +31,7 @@ def importing(tmp_path: Path, script: str, ignored: signal.Signals | None = None
 STOPPED = "{script}: stopped by {name} before anything began; the same command starts again\n"
 
 
-@pytest.mark.parametrize("script", ["main_swav.py", "eval_linear.py", "assign.py"])
+@pytest.mark.parametrize("script", ["main_swav.py", "eval_linear.py", "assign.py", "clusterssl.data.pack"])
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [

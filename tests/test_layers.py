@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "joining": {"dist", "errors", "files", "interfaces", "rendezvous", "rollcall"},
     "shared_folder": {"dist", "files"},
     "cluster": BASE,
-    "data": BASE | {"log", "preemption"},
+    "data": BASE | {"early", "log", "preemption"},
     "lars_kernel": set(),
     "optim": BASE | {"lars_kernel"},
     "models": {"errors", "files"},

@@ -16,13 +16,13 @@ from typing import Any
 from clusterssl.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
+_MODULES = ("clusterssl.data.pack",)
 _before: dict[int, Any] = {}
 
 
 def hear() -> None:
     """From now on a signal ends this process as the contract says, if it runs an entry script and has not said else."""
-    script = getattr(sys.modules.get("__main__"), "__file__", None)
-    if script is None or Path(script).resolve().parent not in (ROOT, ROOT / "scripts"):
+    if _run_as_module() not in _MODULES and not _runs_script():
         return
     if threading.current_thread() is not threading.main_thread():
         return
@@ -31,6 +31,17 @@ def hear() -> None:
         if handler in (signal.SIG_DFL, signal.default_int_handler):  # a batch script may have it ignored
             _before[number] = handler
             signal.signal(number, _end)
+
+
+def _runs_script() -> bool:
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    return script is not None and Path(script).resolve().parent in (ROOT, ROOT / "scripts")
+
+
+def _run_as_module() -> str:
+    """What `python -m` names while it still imports the packages around it."""
+    words = sys.orig_argv
+    return words[words.index("-m") + 1] if sys.argv[:1] == ["-m"] and "-m" in words else ""
 
 
 def over() -> None:
@@ -42,9 +53,10 @@ def over() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     interrupted = number == signal.SIGINT
-    name = signal.Signals(number).name
-    said = "interrupted" if interrupted else f"stopped by {name} before anything began; the same command starts again"
-    os.write(2, f"{Path(sys.argv[0]).name}: {said}\n".encode())
+    by = signal.Signals(number).name
+    said = "interrupted" if interrupted else f"stopped by {by} before anything began; the same command starts again"
+    name = _run_as_module() or Path(sys.argv[0]).name
+    os.write(2, f"{name}: {said}\n".encode())
     os._exit(EXIT_INTERRUPTED if interrupted else EXIT_STOPPED)
 
 

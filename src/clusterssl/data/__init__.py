@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import clusterssl.early  # noqa: F401 - before torch
+
 from clusterssl.data.augment import MEAN, STD, Augment, normalize
 from clusterssl.data.badimages import BadImages
 from clusterssl.data.dataset import Batch, MultiCropDataset, collate

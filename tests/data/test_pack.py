@@ -24,7 +24,7 @@ from clusterssl.data.packed import PackedSource
 from clusterssl.errors import UserError
 from tests.data.conftest import FIVE
 from tests.forked import server
-from tests.launch import ROOT
+from tests.launch import ROOT, Launched
 
 
 def test_same_images_names_labels_and_identity(tree: Path, packed: Path) -> None:
@@ -150,21 +150,17 @@ def test_other_images_are_refused(tree: Path, packed: Path) -> None:
         pack(tree, packed, FIVE)
 
 
-def command(*words: str) -> tuple[int, str]:
+def test_the_command(tree: Path, tmp_path: Path) -> None:
+    words = [str(tree), str(tmp_path / "packed"), "--shard_images", "5", "--workers", "1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
         [sys.executable, "-m", "clusterssl.data.pack", *words], env=env, capture_output=True, text=True
     )
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_the_command(tree: Path, tmp_path: Path) -> None:
-    code, said = command(str(tree), str(tmp_path / "packed"), "--shard_images", "5", "--workers", "1")
-    assert code == 0 and "12 images in 3 shards" in said
-    code, said = command(str(tree), str(tmp_path / "packed"), "--shard_images", "5")
-    assert code == 0 and "all as written" in said
-    code, said = command(str(tmp_path / "nothing"), str(tmp_path / "other"))
-    assert code == 2 and "Traceback" not in said
+    assert done.returncode == 0 and "12 images in 3 shards" in done.stderr
+    codes, said = Launched("src/clusterssl/data/pack.py", *words).wait()
+    assert codes == [0] and "12 images in 3 shards, all as written" in said
+    codes, said = Launched("src/clusterssl/data/pack.py", str(tmp_path / "nothing"), *words[1:]).wait()
+    assert codes == [2] and "Traceback" not in said
 
 
 def test_bad_input_is_told(tree: Path, tmp_path: Path, packed: Path) -> None:

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 def port(word: str) -> int:
     """The number of a port."""
     if not word.isdecimal() or int(word) > 65535:
-        raise argparse.ArgumentTypeError(f"{word!r} is no port; give a number up to 65535, or leave the flag away")
+        raise argparse.ArgumentTypeError(f"{word!r} is no port; give a number up to 65535, or leave the flag out")
     return int(word)
 
 

@@ -123,4 +123,4 @@ def test_where_cuda_graphs_cannot_be_used_is_said(world: World, accumulate: int,
 def test_cuda_graphs_are_refused_on_a_cpu_by_the_script(tmp_path: Path) -> None:
     run = Launched("main_swav.py", "--cuda_graphs", "true", "--device", "cpu", "--dump_path", str(tmp_path / "run"))
     codes, screen = run.wait()
-    assert codes == [2] and "leave --cuda_graphs away" in screen
+    assert codes == [2] and "leave --cuda_graphs out" in screen

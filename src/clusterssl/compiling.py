@@ -27,7 +27,7 @@ def require_compiler(device: torch.device) -> None:
     else:
         needed, found = "a C++ compiler (g++)", _finds_cpp_compiler()
     if not found:
-        raise UserError(f"--compile: needs {needed}, which is not found; install it or leave --compile away")
+        raise UserError(f"--compile: needs {needed}, which is not found; install it or leave --compile out")
 
 
 def _finds_cpp_compiler() -> bool:
@@ -43,11 +43,9 @@ def require_cuda_graphs(world: World, accumulate: int) -> None:
     """Raises UserError: no single GPU, or gradients that outlive the pass that the next one writes over."""
     if world.device.type != "cuda" or world.size > 1:
         found = f"{world.size} ranks" if world.size > 1 else "a CPU"
-        raise UserError(f"--cuda_graphs: is for one process on one GPU, here {found}; leave --cuda_graphs away")
+        raise UserError(f"--cuda_graphs: is for one process on one GPU, here {found}; leave --cuda_graphs out")
     if accumulate > 1:
-        raise UserError(
-            f"--cuda_graphs: cannot add gradients up over --accumulate {accumulate}; leave one of them away"
-        )
+        raise UserError(f"--cuda_graphs: cannot add gradients up over --accumulate {accumulate}; leave one of them out")
 
 
 def compile_module(module: nn.Module, cuda_graphs: bool = False) -> None:

@@ -62,7 +62,7 @@ class DataOptions:
         for low, high in zip(self.min_scale_crops, self.max_scale_crops, strict=True):
             require(0 < low <= high <= 1, f"--min_scale_crops {low} --max_scale_crops {high}: need 0 < min <= max <= 1")
         both = self.cache == "device" and self.decode == "gpu"
-        require(not both, "--cache device --decode gpu: images on the device are decoded once; leave --decode away")
+        require(not both, "--cache device --decode gpu: images on the device are decoded once; leave --decode out")
         require_numbers(self, "workers", "data_patience_minutes", least=0)
         require_numbers(self, "color_jitter", least=0, most=2)
         require_numbers(self, "color_jitter_p", "gray_p", "blur_p", "flip_p", "max_bad_fraction", least=0, most=1)

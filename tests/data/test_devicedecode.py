@@ -170,13 +170,13 @@ def test_images_that_are_no_jpegs_are_told(tree: Path, mixed: Path, caplog: pyte
         DeviceDecode(open_source(str(tree), cache="none"), by_cpu, CPU)
     (message,) = caplog.messages
     assert message.startswith("--decode gpu: none of 8 images looked at is a JPEG that a GPU decodes, first ")
-    assert "0.png; the main process decodes them one by one: leave --decode away" in message
+    assert "0.png; the main process decodes them one by one: leave --decode out" in message
 
 
 def test_what_would_be_faster(tree: Path) -> None:
     source = open_source(str(tree), cache="none")
     told = Loader(source, CROP, batch_size=4, decode=DeviceDecode(source, by_cpu, CPU)).faster()
-    assert "pack smaller images" in told and "leave --decode away" in told and "raise --workers" not in told
+    assert "pack smaller images" in told and "leave --decode out" in told and "raise --workers" not in told
 
 
 def test_packed_images_and_classes(tree: Path, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_images_without_files_are_refused(data: str, cache: str, tmp_path: Path)
 
 
 def test_no_gpu_is_said_in_one_line() -> None:
-    with pytest.raises(UserError, match="--decode gpu: needs a CUDA GPU, and this run is on cpu; leave --decode away"):
+    with pytest.raises(UserError, match="--decode gpu: needs a CUDA GPU, and this run is on cpu; leave --decode out"):
         gpu_decoder(CPU)
 
 

@@ -154,7 +154,7 @@ def test_a_device_that_is_full_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(module, "_pieces", full)
-    with pytest.raises(UserError, match=r"--cache device: the memory of cpu ran out .* leave --cache away"):
+    with pytest.raises(UserError, match=r"--cache device: the memory of cpu ran out .* leave --cache out"):
         reside(open_source("digits", limit=10), CPU)
 
 

@@ -113,7 +113,7 @@ def test_report_waits_for_a_run_that_has_not_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["70000", "x"])
 def test_a_port_that_is_none_is_refused_in_one_line(word: str, tmp_path: Path) -> None:
     codes, printed = Launched("report.py", str(tmp_path), "--watch", "--port", word).wait()
-    remedy = "give a number up to 65535, or leave the flag away"
+    remedy = "give a number up to 65535, or leave the flag out"
     assert codes == [2] and printed == f"report.py: error: --port: '{word}' is no port; {remedy}\n"
 
 

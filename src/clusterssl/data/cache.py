@@ -201,7 +201,7 @@ def _attempt(work: Callable[[], T], size: int) -> T:
     except OSError as error:
         problem = UserError(
             f"--cache disk: {tempfile.gettempdir()} cannot hold {size / 2**30:.1f} GiB ({error.strerror}); let TMPDIR "
-            "name a folder on a larger disk of this machine, or leave --cache away"
+            "name a folder on a larger disk of this machine, or leave --cache out"
         )
     dist.raise_together(problem)
     return found[0]
@@ -231,6 +231,6 @@ def _check_memory(wanted: int) -> None:
     if wanted > usable:
         raise UserError(
             f"--cache ram: a rank needs {wanted / 2**30:.1f} GiB, and each of {dist.local_size()} on this machine may "
-            f"take {usable / 2**30:.1f} GiB of its free memory; leave --cache away, or pack smaller images "
+            f"take {usable / 2**30:.1f} GiB of its free memory; leave --cache out, or pack smaller images "
             "(python -m clusterssl.data.pack SRC DST --short_side 256)"
         )

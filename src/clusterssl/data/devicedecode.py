@@ -65,7 +65,7 @@ class RawDataset(Dataset[Raw]):
     def __init__(self, source: Source) -> None:
         """Raises UserError: these images are in no files, or kept decoded."""
         if not hasattr(source, "read"):
-            raise UserError("--decode gpu: these images are built in or kept decoded, not JPEG files; leave it away")
+            raise UserError("--decode gpu: these images are built in or kept decoded, not JPEG files; leave it out")
         self.source: Any = source
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ class DeviceDecode:
         if not RawDataset(self.source).__getitems__([(0, i) for i in looked_at]).suits.any():
             logger.warning(
                 "--decode gpu: none of %d images looked at is a JPEG that a GPU decodes, first %s; the main process "
-                "decodes them one by one: leave --decode away",
+                "decodes them one by one: leave --decode out",
                 len(looked_at), self.source.name(0),
             )  # fmt: skip
 
@@ -187,7 +187,7 @@ def gpu_decoder(device: torch.device) -> Decoder:
         UserError: the device is none, or this torchvision has no nvJPEG.
     """
     if device.type != "cuda":
-        raise UserError(f"--decode gpu: needs a CUDA GPU, and this run is on {device}; leave --decode away")
+        raise UserError(f"--decode gpu: needs a CUDA GPU, and this run is on {device}; leave --decode out")
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -199,5 +199,5 @@ def gpu_decoder(device: torch.device) -> Decoder:
         decoder([torch.frombuffer(bytearray(picture.getvalue()), dtype=torch.uint8)])
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--decode gpu: this torchvision cannot ({reason}); leave --decode away") from error
+        raise UserError(f"--decode gpu: this torchvision cannot ({reason}); leave --decode out") from error
     return decoder

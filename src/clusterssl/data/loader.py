@@ -220,7 +220,7 @@ class Loader:
         if self.decode is not None:
             return (
                 "--decode gpu decodes and crops between the steps: pack smaller images (python -m clusterssl.data.pack "
-                "SRC DST --short_side 256), or leave --decode away, so that the --workers do that"
+                "SRC DST --short_side 256), or leave --decode out, so that the --workers do that"
             )
         ranks = dist.local_size()
         cores = os.cpu_count() or 1

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _PIECE_BYTES, _PIECE_IMAGES = 2**24, 256  # whichever comes first; the last image may exceed the bytes
 _IN_FLIGHT = 5
 """pieces a worker holds: two that wait, the one it decodes, and copies on their way"""
-_REMEDY = "leave --cache away, or pack smaller images (python -m clusterssl.data.pack SRC DST --short_side 160)"
+_REMEDY = "leave --cache out, or pack smaller images (python -m clusterssl.data.pack SRC DST --short_side 160)"
 
 
 class Resident:

@@ -176,7 +176,7 @@ def records(found: Found, hierarchies: list[Hierarchy]) -> list[dict[str, Any]]:
     for hierarchy in hierarchies:
         above_N = hierarchy.of_C[found.labels_N]
         if not (above_N >= 0).any():
-            raise UserError(f"--superclass {hierarchy.title}: none of the test images has one; leave it away")
+            raise UserError(f"--superclass {hierarchy.title}: none of the test images has one; leave it out")
         inside = {"images": int((above_N >= 0).sum()), "classes": len(np.unique(above_N[above_N >= 0]))}
         rows.append({
             **about, "superclass": hierarchy.title, **inside,

@@ -175,7 +175,7 @@ def _agreed(
     explicit = flag in given and value != "auto"
     if explicit or seen is None:
         if flag in meta and meta[flag] != value:
-            raise UserError(f"--{flag} {value}: {path} was trained with {flag} {meta[flag]}; leave the flag away")
+            raise UserError(f"--{flag} {value}: {path} was trained with {flag} {meta[flag]}; leave the flag out")
         return value
     if seen != value:
         logger.info("--%s %s: taken from %s", flag, seen, path)

@@ -147,7 +147,7 @@ class Entry:
             with contextlib.suppress(OSError):
                 self._aside.unlink(missing_ok=True)
             raise UserError(
-                f"--cache_features {self.folder}: could not be written ({problem}); free space or leave the flag away"
+                f"--cache_features {self.folder}: could not be written ({problem}); free space or leave the flag out"
             )
 
 

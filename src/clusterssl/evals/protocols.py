@@ -202,7 +202,7 @@ def names_of(checkpoints: Sequence[str]) -> dict[str, str]:
         UserError: the same checkpoint twice, or no such file.
     """
     if len(set(checkpoints)) < len(checkpoints):
-        raise UserError("--pretrained: names a checkpoint twice; leave one away")
+        raise UserError("--pretrained: names a checkpoint twice; leave one out")
     for checkpoint in checkpoints:
         if checkpoint and not is_url(checkpoint) and not Path(checkpoint).is_file():
             raise UserError(f"--pretrained {checkpoint}: no such checkpoint file; check the path")

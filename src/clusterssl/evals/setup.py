@@ -33,7 +33,7 @@ class Embedding(nn.Module):
     def __init__(self, network: WholeNetwork) -> None:
         super().__init__()
         if isinstance(network, HeadedNet) or not _has_head(network):
-            raise UserError("--use_mlp: this network has no projection head; leave the flag away")
+            raise UserError("--use_mlp: this network has no projection head; leave the flag out")
         self.network = network
 
     def forward(self, images_B3HW: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class SgdOptions:
     def __post_init__(self) -> None:
         require_numbers(self, "epochs", "batch_size", least=1)
         require_numbers(self, "lr", "wd", "gamma", "final_lr", least=0)
-        require(not (self.lars and self.nesterov), "--lars --nesterov: LARS has plain momentum; leave one away")
+        require(not (self.lars and self.nesterov), "--lars --nesterov: LARS has plain momentum; leave one out")
 
     def optimizer(self, classifier: nn.Module) -> torch.optim.Optimizer:
         """SGD with momentum 0.9, or LARS."""

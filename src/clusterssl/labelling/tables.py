@@ -94,7 +94,7 @@ def check_links(source: Source) -> None:
     """
     first = Path(source.name(0))
     if not first.is_file():
-        raise UserError(f"--links: {first} is no file that a link could lead to; leave the flag away")
+        raise UserError(f"--links: {first} is no file that a link could lead to; leave the flag out")
 
 
 def write_links(folder: Path, labels: Labels, source: Source) -> int:

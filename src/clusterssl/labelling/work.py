@@ -98,7 +98,7 @@ def label_folder(options: Options, world: World) -> None:
 def _export(options: Options) -> None:
     require(bool(options.network.pretrained), "--pretrained: name the directory of the run whose labels are wanted")
     require(bool(options.folder.out), "--out: name the CSV file")
-    require(not options.folder.images, "--labels: are those of the run's own images; leave --images away")
+    require(not options.folder.images, "--labels: are those of the run's own images; leave --images out")
     images, heads = export_labels(Path(options.network.pretrained), Path(options.folder.out))
     logger.info("written: %s, labels of %d images by %d heads", options.folder.out, images, heads)
 

@@ -9,12 +9,20 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 if os.environ.get("CI"):  # nothing may be absent there: what would be skipped fails
     pytest.importorskip = importlib.import_module  # type: ignore[assignment]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell, and scripts would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def needs_a_gpu(request: pytest.FixtureRequest) -> None:
+    """Tests marked so are skipped, visibly, where there is none."""
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
 
 
 @pytest.fixture(autouse=True)

@@ -136,7 +136,6 @@ def test_the_step_that_confirms_takes_the_precision_of_the_run(dtype: torch.dtyp
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_trial_that_runs_out_of_memory_is_answered_by_a_smaller_batch() -> None:
     plan = read_script(ROOT / "main_swav.py", ["--arch", "resnet50", "--nmb_crops", "2", "--size_crops", "224"], 1, 1)
     free, total = torch.cuda.mem_get_info()

@@ -17,9 +17,7 @@ ON_A_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 @pytest.fixture
 def there(device: str) -> str:
-    """The device; skips where there is none, or no compiler for it."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU here")
+    """The device; skips where there is no compiler for it."""
     try:
         require_compiler(torch.device(device))
     except UserError as error:

@@ -65,8 +65,6 @@ def type_of(argument: str) -> str:
 @pytest.mark.parametrize("rows, clusters, dim", [(1000, 257, 128), (70_000, 3000, 128), (5000, 1000, 2048)])
 @pytest.mark.parametrize("euclidean", [False, True])
 def test_nearest_on_a_gpu(rows: int, clusters: int, dim: int, euclidean: bool) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
     generator = torch.Generator("cuda").manual_seed(rows)
     x_ND, c_KD = (torch.randn(n, dim, generator=generator, device="cuda") for n in (rows, clusters))
     offset_K = c_KD.square().sum(1) / 2 if euclidean else None
@@ -84,8 +82,6 @@ def test_nearest_on_a_gpu(rows: int, clusters: int, dim: int, euclidean: bool) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows, prototypes", [(1, 5), (512, 3000), (4096, 3000), (300, 10_000), (64, 20_000)])
 def test_sinkhorn_on_a_gpu(rows: int, prototypes: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
     scores = cosines(rows, prototypes)
     plan = sinkhorn(scores.cuda(), 0.05, 3, bound=1.0).cpu()
     np.testing.assert_allclose(plan.numpy(), reference(scores.numpy(), 0.05, 3), rtol=0, atol=2e-6)

@@ -185,8 +185,6 @@ def test_the_guard_lets_pass_who_does_not_wait() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_step_waits_for_a_gpu(name: str, tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
     training = prepared(name, tmp_path, torch.device("cuda", 0))
     loader: Loader = training.feed.loader
     for epoch in range(2):

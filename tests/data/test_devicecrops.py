@@ -110,7 +110,6 @@ def test_products_are_exact_in_every_mode_of_a_gpu(interpolation: Interpolation)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_bits() -> None:
     images = images_of([(24, 24), (300, 17), (11, 500), (1, 1), (97, 130), (64, 40)])
     boxes_BV4, rows = boxes_in(images, len(SIZES)), np.arange(6)

@@ -212,7 +212,6 @@ def test_no_gpu_is_said_in_one_line() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nvjpeg_sees_the_same_picture(tmp_path: Path) -> None:
     y, x = np.mgrid[:200, :260]
     smooth = np.stack([x, y, 255 - (x + y) / 2], axis=-1).clip(0, 255).astype(np.uint8)

@@ -69,7 +69,6 @@ def test_numbers_and_graphs(compiler: None) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_numbers_and_graphs_on_a_gpu() -> None:
     require_compiler(torch.device("cuda"))
     torch._dynamo.reset()

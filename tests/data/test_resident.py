@@ -182,7 +182,6 @@ def test_a_rank_without_room_ends_all() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_on_a_gpu_are_those_of_the_folder(tree: Path) -> None:
     source = open_source(str(tree))
     there = reside(source, torch.device("cuda"))

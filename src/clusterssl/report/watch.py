@@ -44,22 +44,12 @@ def server(
         if path.is_file():
             raise UserError(f"{path}: a file; give the folder that a training writes (--dump_path)")
 
-    def page() -> bytes:
-        found, missing = present(runs)
-        lead, galleries = pictures()
-        if found:
-            waits = [f"Not there yet: {', '.join(map(str, missing))}."] if missing else []
-            return render(found, lead=" ".join([lead, *waits]).strip(), galleries=galleries, seconds=seconds).encode()
-        again = f'<meta http-equiv="refresh" content="{seconds}">'
-        lines = "".join(f"<p>{html.escape(line)}</p>" for line in missing.values())
-        return f"<!DOCTYPE html>{again}<title>report</title><p>No run yet, this page waits for it.</p>{lines}".encode()
-
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path != "/":
                 self.send_error(404)
                 return
-            body = page()
+            body = _page(runs, seconds, *pictures()).encode()
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
@@ -76,3 +66,13 @@ def server(
         return HTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
         raise UserError(f"--port {port}: cannot be used ({first_line(error)}); choose another") from error
+
+
+def _page(runs: Sequence[Path], seconds: int, lead: str, galleries: list[Gallery]) -> str:
+    found, missing = present(runs)
+    if found:
+        waits = [f"Not there yet: {', '.join(map(str, missing))}."] if missing else []
+        return render(found, lead=" ".join([lead, *waits]).strip(), galleries=galleries, seconds=seconds)
+    again = f'<meta http-equiv="refresh" content="{seconds}">'
+    lines = "".join(f"<p>{html.escape(line)}</p>" for line in missing.values())
+    return f"<!DOCTYPE html>{again}<title>report</title><p>No run yet, this page waits for it.</p>{lines}"
